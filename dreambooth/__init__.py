@@ -1,0 +1,1 @@
+"""DreamBooth (Ruiz et al., CVPR 2023): the method, free of any cluster framework."""
