@@ -1,8 +1,8 @@
 """The diffusion objective of DreamBooth: the noise schedule, its targets and weights, and the two-term loss.
 
 Symbols are the paper's (Ruiz et al., section 3.1 and 3.3): x an image or latent, epsilon ~ N(0, I), and
-z_t = alpha_t x + sigma_t epsilon. Networks that predict epsilon or v are trained on that target; with "plain" weights the
-squared error is taken in the network's own prediction space, which is Eq. 1 up to a weight w_t.
+z_t = alpha_t x + sigma_t epsilon. Networks that predict epsilon or v are trained on that target; with "plain" weights
+the squared error is taken in the network's own prediction space, which is Eq. 1 up to a weight w_t.
 """
 
 from __future__ import annotations

@@ -52,8 +52,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
 
-    ZeRO 1 divides the optimizer states (float32 masters and AdamW's two moments) by the number of workers, 2 the gradients
-    too, 3 the weights too; offloading to the CPU moves the states and gradients to the host, and under 3 the weights.
+    ZeRO 1 divides the optimizer states (float32 masters and AdamW's two moments) by the number of workers, 2 the
+    gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the host, and under 3 the
+    weights.
     """
     networks = {name: backbone.empty(name).to(_dtype(precision)) for name in trained}
     if gradient_checkpointing:
@@ -74,12 +75,12 @@ def plan_memory(
     return MemoryPlan(parameters, weights, gradients, states, activations, offloaded)
 
 
-def enable_gradient_checkpointing(network: nn.Module) -> None:
+def enable_gradient_checkpointing(network: Any) -> None:
     """Recompute the network's blocks in the backward pass; diffusers and transformers name the switch differently."""
     if hasattr(network, "enable_gradient_checkpointing"):
         network.enable_gradient_checkpointing()
     else:
-        network.gradient_checkpointing_enable()  # type: ignore[operator]
+        network.gradient_checkpointing_enable()
     network.train()  # both libraries checkpoint in training mode only
 
 

@@ -1,8 +1,9 @@
 """Starting points, one line a backbone; every value can be set by hand.
 
-Steps, learning rates and image counts: Stable Diffusion from Ruiz et al. (lr 5e-6, about 1000 iterations) and diffusers'
-DreamBooth guide (400-800 steps, 200 class images, 2e-6 with the text encoder); SDXL from practitioners' full fine-tunes
-(4e-7 to 2e-6, text encoders frozen), for which nobody publishes a tuned recipe.
+Steps, learning rates and image counts: Stable Diffusion from Ruiz et al. (lr 5e-6, about 1000 iterations) and
+diffusers' DreamBooth guide (400-800 steps, 200 class images, 2e-6 with the text encoder); SDXL from practitioners'
+full fine-tunes (4e-7 to 2e-6, text encoders frozen), for which nobody
+publishes a tuned recipe.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class PriorSet:
     def write_shard(
         self, store: Location, shard: int, images: np.ndarray, mean: np.ndarray, log_variance: np.ndarray
     ) -> None:
-        """Write a shard: `images` uint8 (B, H, W, 3), latents float32 (B, C, h, w). Atomic; writing twice is harmless."""
+        """Write a shard atomically: `images` uint8 (B, H, W, 3), latents float32 (B, C, h, w). Twice is harmless."""
         rows = [
             {
                 "id": f"{self.key}-{index:06d}",

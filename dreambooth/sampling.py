@@ -22,7 +22,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How images are drawn. On a CPU they are the same to the byte only for the same batch and threads, so both belong here.
+    """How images are drawn. On a CPU, bytes are the same only for the same batch and threads, so both belong here.
 
     `scheduler` is the name of a diffusers scheduler class, or None for the backbone's own.
     """
@@ -68,9 +68,7 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def sample(
-    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings
-) -> list[Image.Image]:
+def sample(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings) -> list[Image.Image]:
     """One RGB image a prompt, in batches of `settings.batch`; each image's noise comes from its own seed alone."""
     assert len(prompts) == len(seeds)
     images: list[Image.Image] = []

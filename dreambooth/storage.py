@@ -111,7 +111,9 @@ class Location:
         infos = self.filesystem.get_file_info(selector)
         root = self.path.rstrip("/") + "/"
         found = {info.path.removeprefix(root): info.size for info in infos if info.type == pafs.FileType.File}
-        return dict(sorted((path, size) for path, size in found.items() if not posixpath.basename(path).startswith(".")))
+        return dict(
+            sorted((path, size) for path, size in found.items() if not posixpath.basename(path).startswith("."))
+        )
 
     def read_bytes(self) -> bytes:
         """The whole file."""

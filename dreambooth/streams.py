@@ -1,7 +1,8 @@
 """Counter-based random streams: every draw is a function of its key, never of who draws it or when.
 
-A key is a tuple such as `(seed, "corgi", "noise", step, sample)`. It is hashed into the 128-bit key of a Philox generator
-(Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), so workers, order and resumption cannot change it.
+A key is a tuple such as `(seed, "corgi", "noise", step, sample)`. It is hashed into the 128-bit key of a Philox
+generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), so workers, order and resumption
+cannot change it.
 """
 
 import hashlib

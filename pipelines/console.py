@@ -36,9 +36,9 @@ class Stage:
     def __init__(self, display: Display, name: str, total: int, unit: str, done: int) -> None:
         """Begin with `done` of `total` already there from before."""
         self._display, self._name, self._total, self._unit = display, name, total, unit
-        self._done = self._found = done
+        self._done = done
         self._note = ""
-        self._began = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when work was first seen done: start-up does not count
         self._printed = 0.0
         self._task: TaskID | None = None
         if display.bars is not None:
@@ -53,6 +53,7 @@ class Stage:
     def reach(self, done: int, note: str | None = None) -> None:
         """Set how much is done."""
         self._done = done
+        self._first = self._first or (time.monotonic(), done)
         self._note = self._note if note is None else note
         if self._display.bars is not None and self._task is not None:
             self._display.bars.update(self._task, completed=done, text=self._text())
@@ -68,16 +69,13 @@ class Stage:
 
     def _text(self) -> str:
         parts = [f"{self._done}/{self._total} {self._unit}"]
-        elapsed = time.monotonic() - self._began
-        fresh = self._done - self._found
+        began, found = self._first or (time.monotonic(), self._done)
+        elapsed, fresh = time.monotonic() - began, self._done - found
         if fresh > 0 and elapsed > 0:
             rate = fresh / elapsed
             parts.append(f"{rate:.2f} {self._unit}/s" if rate >= 0.1 else f"{1 / rate:.1f} s each")
             if self._done < self._total:
-                left = timedelta(seconds=round((self._total - self._done) / rate))
-                parts.append(f"{left} left")
-            else:
-                parts.append(f"in {timedelta(seconds=round(elapsed))}")
+                parts.append(f"{timedelta(seconds=round((self._total - self._done) / rate))} left")
         return "  ".join([*parts, self._note] if self._note else parts)
 
     def _print(self) -> None:
@@ -94,7 +92,10 @@ class Display:
         self.bars: Progress | None = None
         if self._console.is_terminal:
             self.bars = Progress(
-                TextColumn("{task.description:<14}"), BarColumn(24), TextColumn("{task.fields[text]}"), console=self._console
+                TextColumn("{task.description:<14}"),
+                BarColumn(24),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
             )
 
     def __enter__(self) -> Display:

@@ -51,7 +51,7 @@ class Trainable(nn.Module):
         self.networks = nn.ModuleDict(networks)
 
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, ids: dict[str, Tensor]) -> Tensor:
-        """The denoiser's prediction; prompts come as embeddings, or as token ids (B, length) for trained text encoders."""
+        """The denoiser's prediction; prompts are embeddings, or token ids (B, length) for trained text encoders."""
         if ids:
             encoders = {name: self.networks[name] for name in self.backbone.text_encoders}
             conditioning = conditioning | self.backbone.encode_text(encoders, ids)
@@ -147,7 +147,8 @@ def train_worker(config: dict[str, Any]) -> None:
         for network in networks.values():
             enable_gradient_checkpointing(network)
     module = Trainable(backbone, networks)
-    step, state = 0, {}
+    step = 0
+    state: dict[str, Tensor] = {}
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             step, state = read_checkpoint(Path(folder))
@@ -190,7 +191,7 @@ def _detached(term: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _flush(pending: list[Tensor], step: int, losses: Any | None, run: Run) -> None:
-    """Average the losses of the last steps over the ranks, check them, and hand them on; the one host synchronization."""
+    """Average the last steps' losses over the ranks, check them, hand them on; the one host synchronization."""
     averaged = torch.stack(pending)
     dist.all_reduce(averaged)
     rows = (averaged / dist.get_world_size()).tolist()
@@ -230,7 +231,6 @@ def read_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]]:
     return meta["step"], state
 
 
-@ray.remote(num_cpus=0)
 class LossLog:
     """An actor that holds the losses of finished steps until the driver takes them."""
 
@@ -263,7 +263,7 @@ def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Disp
         with display.stage("fine-tune", run.training.steps, "steps", done=run.training.steps):
             return marker.parent / marker.read_json()["checkpoint"]
     folder = marker.parent
-    losses = LossLog.options(num_cpus=0).remote()
+    losses = ray.remote(LossLog).options(num_cpus=0).remote()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={

@@ -94,7 +94,7 @@ class ClusterOptions:
     cpus_per_worker: int = 1
     """CPU cores of a worker; on the CPU also its threads."""
     gpus_per_worker: float | None = None
-    """GPUs of a worker. By default 1 where this machine has a GPU, otherwise 0; set it when only the cluster has them."""
+    """GPUs of a worker. By default 1 where this machine has a GPU, else 0; set it when only the cluster does."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too."""
     offload: Literal["none", "cpu"] = "none"
@@ -177,7 +177,7 @@ def _config_arguments(arguments: Sequence[str]) -> Iterator[str]:
         raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected a mapping of options to values, found {type(content).__name__}")
-    known = {option.name for group in fields(Options) for option in fields(group.default_factory)}  # type: ignore[arg-type,misc]
+    known = {option.name for group in fields(Options) for option in fields(group.default_factory)}  # type: ignore[arg-type]
     known.remove("config")
     for key, value in content.items():
         name = str(key).replace("-", "_")

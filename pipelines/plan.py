@@ -25,6 +25,16 @@ from pipelines.options import Options
 
 GIB = 2**30
 
+_POSITIVE = (
+    *("resolution", "prior_images", "prior_steps", "prior_batch", "steps", "learning_rate", "batch"),
+    *("gradient_accumulation", "min_snr_gamma", "checkpoint_every", "workers", "cpus_per_worker"),
+    *("device_memory", "sample_steps"),
+)
+_NOT_NEGATIVE = (
+    *("prior_weight", "weight_decay", "max_grad_norm", "gpus_per_worker"),
+    *("prior_guidance", "sample_guidance", "seed"),
+)
+
 
 @dataclass(frozen=True)
 class Training:
@@ -181,14 +191,10 @@ def make_plan(options: Options) -> Plan:
 
 def _check_numbers(options: Options) -> None:
     values = options.as_dict()
-    positive = (
-        "resolution prior_images prior_steps prior_batch steps learning_rate batch gradient_accumulation min_snr_gamma "
-        "checkpoint_every workers cpus_per_worker device_memory sample_steps"
-    )
-    for name in positive.split():
+    for name in _POSITIVE:
         if values[name] is not None and not values[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {values[name]}")
-    for name in "prior_weight weight_decay max_grad_norm gpus_per_worker prior_guidance sample_guidance seed".split():
+    for name in _NOT_NEGATIVE:
         if values[name] is not None and not values[name] >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, not {values[name]}")
     scheduler_class(options.prior.prior_scheduler)
@@ -278,7 +284,7 @@ def _plan_subject(
     subject = load_subject(spec.name, spec.images, spec.class_noun)
     identifier = _identifier(options, spec, backbone, store, taken)
     preset = preset_of(backbone)
-    sampling = {
+    sampling: dict[str, Any] = {
         "resolution": training.resolution,
         "threads": lane.cpus_per_worker,
         "precision": training.precision,

@@ -22,8 +22,8 @@ from pipelines.plan import Lane
 def generate_priors(store: SubjectStore, wanted: Sequence[tuple[PriorSet, int]], lane: Lane, display: Display) -> None:
     """Bring every set up to its count of images; shards that are in the store are not made again.
 
-    One sampler actor a worker's resources, as many as `lane` has workers. When several subjects want one set, the largest
-    count is made.
+    One sampler actor a worker's resources, as many as `lane` has workers. When several subjects want one set, the
+    largest count is made.
     """
     largest: dict[str, tuple[PriorSet, int]] = {}
     for prior, count in wanted:

@@ -32,7 +32,7 @@ def publish(store: SubjectStore, planned: PlannedSubject, checkpoint: Location, 
     run = planned.run
     device = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}
     with display.stage("sample", len(run.sample_prompts), "images") as stage:
-        sampler = _Publisher.options(**device).remote(store.root.uri, run, checkpoint)
+        sampler = ray.remote(_Publisher).options(**device).remote(store.root.uri, run, checkpoint)
         return _publish(sampler, planned, stage)
 
 
@@ -45,7 +45,6 @@ def _publish(publisher: Any, planned: PlannedSubject, stage: Stage) -> Version:
     return version
 
 
-@ray.remote
 class _Publisher:
     """An actor on a worker's resources: it holds the trained pipeline, draws, and publishes."""
 

@@ -58,7 +58,7 @@ def _stderr_to_file() -> Iterator[str]:
 
 
 def _code_to_ship() -> dict[str, Any] | None:
-    """The project's packages, when the cluster's nodes may not have them; a submitted job brings its working directory."""
+    """The project's packages, when the cluster's nodes may lack them; a submitted job brings its working directory."""
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     address = os.environ.get("RAY_ADDRESS", "local")
     if in_job or address == "local":
@@ -80,7 +80,9 @@ def _check_resources(lane: Lane) -> None:
 
 def _may_grow() -> bool:
     """Whether an autoscaler could add nodes."""
-    return any(node["Resources"].get("autoscaler", 0) for node in ray.nodes()) or "KUBERAY_GEN_RAY_START_CMD" in os.environ
+    return (
+        any(node["Resources"].get("autoscaler", 0) for node in ray.nodes()) or "KUBERAY_GEN_RAY_START_CMD" in os.environ
+    )
 
 
 def check_reachable(store: SubjectStore) -> None:
@@ -102,8 +104,8 @@ def check_reachable(store: SubjectStore) -> None:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             if not ray.get(sees.options(scheduling_strategy=here).remote(probe.path)):
                 raise ValueError(
-                    f"store {store.root} is not shared: node {node['NodeManagerAddress']} does not see it. Use a path on "
-                    "a shared file system, or a URI such as s3://bucket/store"
+                    f"store {store.root} is not shared: node {node['NodeManagerAddress']} does not see it. Use a path "
+                    "on a shared file system, or a URI such as s3://bucket/store"
                 )
     finally:
         probe.filesystem.delete_file(probe.path)

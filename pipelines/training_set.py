@@ -1,7 +1,7 @@
 """The training set of a run: latents and text of the instance and class-prior images, encoded once.
 
-The autoencoder is always frozen, so train workers get latents and never load it. The text encoders are frozen unless they
-are trained: then the workers get token ids instead of embeddings.
+The autoencoder is always frozen, so train workers get latents and never load it. The text encoders are frozen unless
+they are trained: then the workers get token ids instead of embeddings.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ HALVES = ("instance", "prior")
 def location_of(store: SubjectStore, run: Run) -> Location:
     """Where the run's training set is: a safetensors file.
 
-    `instance.mean`, `instance.log_variance` (n, C, h, w); `prior.*` likewise; `instance.time_ids` and the like (n, ...);
+    `instance.mean`, `instance.log_variance` (n, C, h, w); `prior.*` likewise; `instance.time_ids` and such (n, ...);
     `text.NAME` (2, ...) or `ids.NAME` (2, length), whose rows are the instance prompt and the class prompt.
     """
     return store.root / "runs" / run.key / "training_set.safetensors"
 
 
-def encode_training_sets(
-    store: SubjectStore, planned: Sequence[PlannedSubject], lane: Lane, display: Display
-) -> None:
+def encode_training_sets(store: SubjectStore, planned: Sequence[PlannedSubject], lane: Lane, display: Display) -> None:
     """Make the training sets that are not in the store yet, one row of a Dataset a subject."""
     missing = [one for one in planned if not location_of(store, one.run).exists()]
     with display.stage("encode", len(planned), "subjects", done=len(planned) - len(missing)) as stage:
         if not missing:
             return
-        done = ray.data.from_items([{"planned": pickle.dumps(one)} for one in missing], override_num_blocks=len(missing)).map(
+        done = ray.data.from_items(
+            [{"planned": pickle.dumps(one)} for one in missing], override_num_blocks=len(missing)
+        ).map(
             TrainingSetEncoder,
             fn_constructor_args=(store.root.uri,),
             compute=ActorPoolStrategy(size=min(lane.workers, len(missing))),

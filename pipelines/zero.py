@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
-    """DeepSpeed's configuration. Clipping belongs here: clipping before the engine's step would see unreduced shards."""
+    """DeepSpeed's configuration. Clipping belongs here: done before the engine's step it would see shards."""
     micro_batch = training.batch // (lane.workers * training.gradient_accumulation)
     zero: dict[str, Any] = {"stage": lane.zero_stage}
     if lane.offload == "cpu":
@@ -50,7 +50,7 @@ def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
 
 
 def start_engine(module: nn.Module, training: Training, lane: Lane) -> Any:
-    """Wrap `module` (float32, all of it trained) in an engine with AdamW whose float32 masters equal its weights now."""
+    """Wrap `module` (float32, all of it trained) in an engine with AdamW; float32 masters equal its weights now."""
     masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=lane.offload == "none"
@@ -77,7 +77,7 @@ def full_state(engine: Any, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def restore(engine: Any, state: Mapping[str, Tensor], step: int) -> None:
-    """Set AdamW's moments and step from the tensors of `full_state`; the module was loaded with its parameters before."""
+    """Set AdamW's moments and step from the tensors of `full_state`; the module has its parameters already."""
     plain = _plain_optimizer(engine)
     if plain:
         for name, parameter in engine.module.named_parameters():

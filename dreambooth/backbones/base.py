@@ -29,7 +29,7 @@ _LIBRARIES = ("diffusers", "transformers")
 class Backbone(ABC):
     """A text-to-image model on disk: a folder in the layout of diffusers' `save_pretrained`.
 
-    Nothing is loaded until asked for. `source` is what the user named (hub id or path); `folder` is where the files are.
+    Nothing is loaded until asked for. `source` is what the user named (hub id or path); `folder` holds the files.
     """
 
     family: ClassVar[str]
@@ -53,9 +53,9 @@ class Backbone(ABC):
         pickled = sorted(name for name in files if name.endswith((".bin", ".pt", ".ckpt", ".pth")))
         if pickled:
             raise ValueError(
-                f"backbone {self.source!r} holds {component} only as a pickle ({pickled[0]}), which can run code when it "
-                "is read: convert it with diffusers' save_pretrained(..., safe_serialization=True), or use a revision "
-                "with safetensors"
+                f"backbone {self.source!r} holds {component} only as a pickle ({pickled[0]}), which can run code "
+                "when it is read: convert it with diffusers' save_pretrained(..., safe_serialization=True), or use a "
+                "revision with safetensors"
             )
         raise ValueError(f"backbone {self.source!r} is incomplete: no {component}/*.safetensors in {self.folder}")
 
@@ -114,9 +114,7 @@ class Backbone(ABC):
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizers by name, in the order of `text_encoders`."""
-        return {
-            name: self._class(name).from_pretrained(self.folder, subfolder=name) for name in self.tokenizer_names
-        }
+        return {name: self._class(name).from_pretrained(self.folder, subfolder=name) for name in self.tokenizer_names}
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -151,7 +149,8 @@ class Backbone(ABC):
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """The autoencoder's configuration, with the class's defaults where the file is silent."""
-        return dict(self.empty("vae").config)
+        config: Any = self.empty("vae").config
+        return dict(config)
 
     @cached_property
     def denoiser_config(self) -> dict[str, Any]:
@@ -180,12 +179,12 @@ class Backbone(ABC):
             raise ValueError(f"a resolution of {resolution} does not fit this backbone: use a multiple of {multiple}")
 
     @torch.no_grad()
-    def encode_images(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents of `pixels` (B, 3, H, W) in [-1, 1]; each (B, C, h, w) in float32.
 
         Raises ArithmeticError when they are not finite (SDXL's autoencoder overflows in float16).
         """
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist  # type: ignore[operator,union-attr]
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
             raise ArithmeticError(f"the autoencoder of {self.source!r} gave latents that are not finite")

@@ -26,7 +26,7 @@ class SDXL(Backbone):
         return {"add_watermarker": False}
 
     def encode_text(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:
-        """Both encoders' penultimate hidden states side by side, (B, length, width), and the second's pooled (B, width)."""
+        """Both encoders' penultimate states side by side, (B, length, width), and the second's pooled (B, width)."""
         states = []
         for encoder_name, tokenizer_name in zip(self.text_encoders, self.tokenizer_names, strict=True):
             output = encoders[encoder_name](ids[tokenizer_name], output_hidden_states=True)

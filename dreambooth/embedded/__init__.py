@@ -10,7 +10,7 @@ from dreambooth.subject import SubjectSpec
 def backbone_path() -> Path:
     """The folder of the embedded backbone.
 
-    It is untrained for now: small networks are made from their configurations at first use and kept in the user's cache.
+    It is untrained for now: small networks are made from configurations at first use and kept in the user's cache.
     """
     from dreambooth.embedded import untrained
 

@@ -1,4 +1,4 @@
-"""An untrained pipeline of SDXL's classes, small enough for a CPU: every part is real, and none has learned anything."""
+"""An untrained pipeline of SDXL's classes, small enough for a CPU: all parts are real, none has learned anything."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ def make_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
             tokenizer_2=tokenizer,
             unet=unet,
             scheduler=EulerDiscreteScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                timestep_spacing="leading",
+                steps_offset=1,
             ),
             add_watermarker=False,
         )
