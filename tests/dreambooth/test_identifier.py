@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import Replace
 from transformers import BertTokenizer
 
 from dreambooth.identifier import Identifier, check_identifier, english_words, find_identifier, rare_window
@@ -59,6 +60,7 @@ def test_used_identifiers_stay_unique_and_k_grows_when_the_window_runs_out(token
         found = find_identifier([tokenizer], seed=0, subject="rex", used=[text.upper() for text in used])
         used.append(found.text)
         lengths.append(len(found.token_ids))
+        assert inner_ids(tokenizer, found.text) == found.token_ids
     assert len(set(used)) == len(used)
     assert lengths == sorted(lengths)
     assert set(lengths) == {1, 2}
@@ -73,13 +75,13 @@ def test_nothing_left_is_an_error(tokenizer):
 
 
 def test_the_rule_holds_for_every_tokenizer():
-    large, small = small_clip_tokenizer(), small_clip_tokenizer(3800)
-    subjects = [f"dog{number}" for number in range(20)]
-    for found in (find_identifier([large, small], seed=0, subject=subject) for subject in subjects):
-        assert found.token_ids == inner_ids(large, found.text)
-        assert all(token in rare_window(small) for token in inner_ids(small, found.text))
-    alone = [find_identifier([large], seed=0, subject=subject) for subject in subjects]
-    assert any(token not in rare_window(small) for found in alone for token in inner_ids(small, found.text))
+    first, second = small_clip_tokenizer(3700), small_clip_tokenizer()  # what is rare in one may be common in the other
+    subjects = [f"dog{number}" for number in range(50)]
+    for found in (find_identifier([first, second], seed=0, subject=subject) for subject in subjects):
+        assert found.token_ids == inner_ids(first, found.text)
+        assert all(token in rare_window(second) for token in inner_ids(second, found.text))
+    alone = [find_identifier([first], seed=0, subject=subject) for subject in subjects]
+    assert any(token not in rare_window(second) for found in alone for token in inner_ids(second, found.text))
 
 
 def test_windows_belong_to_the_kind_of_vocabulary():
@@ -126,6 +128,14 @@ def test_a_users_bad_identifier_is_an_error_that_helps(text, named):
     with pytest.raises(ValueError, match=named) as error:
         check_identifier(text, [small_clip_tokenizer()])
     assert "such as 'sks'" in str(error.value)
+
+
+def test_an_identifier_must_keep_its_tokens_within_a_sentence():
+    tokenizer = small_clip_tokenizer.__wrapped__(600)
+    check_identifier("sks", [tokenizer])
+    tokenizer.backend_tokenizer.normalizer = Replace(" sks ", " s ks ")
+    with pytest.raises(ValueError, match="other tokens within a sentence"):
+        check_identifier("sks", [tokenizer])
 
 
 def test_a_users_identifier_must_suit_every_tokenizer():
