@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -331,7 +330,7 @@ def _folder_specs(folder: Location) -> list[SubjectSpec]:
     infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.path))
     names = [info.base_name for info in infos if info.type == pafs.FileType.Directory and info.base_name[0] != "."]
     classes: dict[str, str] = {}
-    for place in (_parent(folder) / CLASSES_FILE, folder / CLASSES_FILE):
+    for place in (folder.parent / CLASSES_FILE, folder / CLASSES_FILE):
         if place.exists():
             classes |= parse_classes(place.read_bytes().decode())
     return [SubjectSpec(name, (str(folder / name),), classes.get(name)) for name in sorted(names, key=_natural)]
@@ -351,7 +350,7 @@ def _yaml_specs(manifest: Location) -> list[SubjectSpec]:
     specs = []
     for number, entry in enumerate(entries, 1):
         try:
-            specs.append(_spec(entry, _parent(manifest)))
+            specs.append(_spec(entry, manifest.parent))
         except ValueError as error:
             raise ValueError(f"subject {number}: {error}") from error
     return specs
@@ -389,10 +388,3 @@ def _texts(entry: dict[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
         raise ValueError(f"{key} must be text or a list of texts, not {value!r}")
     return tuple(values)
-
-
-def _parent(place: Location) -> Location:
-    if "://" not in place.uri:
-        return Location(posixpath.dirname(place.uri.rstrip("/")))
-    parts = urlsplit(place.uri)  # an object store does not resolve ".."
-    return Location(urlunsplit(parts._replace(path=posixpath.dirname(parts.path.rstrip("/")))))
