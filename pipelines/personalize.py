@@ -12,6 +12,7 @@ from pipelines.console import Display, quiet_libraries
 quiet_libraries()
 
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
@@ -48,7 +49,7 @@ def run_plan(plan: Plan, display: Display) -> list[Outcome]:
     waiting = [planned for planned in plan.subjects if planned.run.subject not in outcomes]
     if waiting:
         outcomes |= {outcome.subject: outcome for outcome in _train_and_publish(plan, waiting, display)}
-    return list(outcomes.values())
+    return [outcomes[name] for name in plan.order]
 
 
 def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: Display) -> list[Outcome]:
@@ -75,10 +76,9 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
             try:
                 checkpoint = finetune(store, run, plan.options.training.checkpoint_every, display)
                 version = publish(store, planned, checkpoint, display)
-            except Exception as error:
-                if plan.options.subject.manifest is None:
-                    raise
-                outcomes.append(Outcome(run.subject, None, _reason(error)))
+            except Exception as error:  # whatever it is, it must not take the other subjects down
+                traceback.print_exc()
+                outcomes.append(Outcome(run.subject, None, f"{_reason(error)} (traceback in the log)"))
             else:
                 (store.root / "runs" / run.key / "finetune").delete()
                 outcomes.append(Outcome(run.subject, version))

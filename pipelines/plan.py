@@ -128,6 +128,8 @@ class Plan:
     subjects: tuple[PlannedSubject, ...]
     failures: dict[str, str]
     """Subjects of a manifest that cannot be personalized, with the reason."""
+    order: tuple[str, ...]
+    """All subjects by name, as they were given."""
     memory: MemoryPlan
     device_bytes: int | None
 
@@ -182,7 +184,8 @@ def make_plan(options: Options) -> Plan:
         offload=lane.offload,
         gradient_checkpointing=training.gradient_checkpointing,
     )
-    plan = Plan(options, store, backbone, tuple(subjects), failures, memory, _device_bytes(options, lane))
+    order = tuple(spec.name for spec in specs)
+    plan = Plan(options, store, backbone, tuple(subjects), failures, order, memory, _device_bytes(options, lane))
     _check_disk(plan)
     if not options.run.dry_run:
         store.check_writable()
@@ -200,6 +203,8 @@ def _check_numbers(options: Options) -> None:
     scheduler_class(options.prior.prior_scheduler)
     if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
         raise ValueError("--offload cpu needs --zero-stage 1, 2 or 3")
+    if options.training.precision == "bf16" and options.cluster.zero_stage == 0:
+        raise ValueError("--precision bf16 needs --zero-stage 1, 2 or 3, which keep float32 masters of the weights")
     if (values["gpus_per_worker"] or 0) > 1:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 

@@ -7,7 +7,7 @@ import os
 # A Ray cluster that happens to run on this machine is not the tests' to use.
 os.environ["RAY_ADDRESS"] = "local"
 
-from pipelines.console import quiet_libraries  # noqa: E402
+from pipelines.console import quiet_libraries
 
 quiet_libraries()
 

@@ -72,7 +72,11 @@ def write_sdxl(folder: Path) -> Path:
             projection_class_embeddings_input_dim=24 + 6 * 8,
         ),
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
         ),
         add_watermarker=False,
     ).save_pretrained(folder)

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from dreambooth.diffusion import prior_preservation_loss
 from dreambooth.store import SubjectStore
 from pipelines.console import Display
-from pipelines.finetune import Batches, Trainable, finetune, read_checkpoint
+from pipelines.finetune import finetune, read_checkpoint
 from pipelines.options import parse
 from pipelines.plan import Run, make_plan
 from pipelines.priors import generate_priors
