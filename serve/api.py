@@ -169,7 +169,6 @@ def create_api(catalog: Catalog, draw: Draw) -> FastAPI:
     """The application: `catalog` knows the models, `draw` makes the images."""
     api = FastAPI(
         title="DreamBooth",
-        description=__doc__,
         dependencies=[Depends(_only_this_machine)],
         responses={status: {"model": ErrorResponse} for status in (400, 403, 404, 422, 500)},
     )
@@ -273,8 +272,10 @@ async def _answer_invalid_request(_: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return _answer(400, "the body is not valid JSON")
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    return _answer(422, f"{param}: {first['msg']}" if param else first["msg"], param, first["type"])
+    param = ".".join(str(part) for part in first["loc"][1:])
+    if not param:
+        return _answer(422, "the body must be a JSON object, sent with Content-Type: application/json")
+    return _answer(422, f"{param}: {first['msg']}", param, first["type"])
 
 
 async def _answer_failure(_request: Request, _error: Exception) -> JSONResponse:

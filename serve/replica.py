@@ -79,11 +79,6 @@ class HostTier:
         self._store, self._dtype, self._budget = store, dtype, budget
         self._held: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    @property
-    def names(self) -> list[str]:
-        """The versions held, the least recently used first."""
-        return list(self._held)
-
     def tensors(self, published: Version) -> Mapping[str, Tensor]:
         """What the version changed, by component and name; read from the store unless it is held."""
         name = f"{published.subject}@{published.id}"

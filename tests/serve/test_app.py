@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,10 @@ from pydantic import ValidationError
 from ray import serve
 from transformers import CLIPTextModel
 
-from dreambooth.backbones import open_backbone
-from dreambooth.sampling import SamplerSettings
 from dreambooth.store import SubjectStore
 from serve.app import Arguments, app
+from tests.serve.published import CHANGED, DOG, MUG, OLD_MUG, publish_all
 
-SAMPLES = SamplerSettings(resolution=32, steps=3, guidance=4.0, batch=1, threads=1, precision="fp32")
-PUBLISHED = {
-    # what each version changes of the backbone, oldest first
-    ("mug", "1" * 12): ("unet",),
-    ("mug", "2" * 12): ("unet",),
-    ("dog", "3" * 12): ("text_encoder",),
-}
 KINDS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 
 
@@ -68,9 +60,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(local_ray: None, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve")
-    store = SubjectStore(folder / "store")
-    publish_all(store, small_sdxl, folder)
+    store = SubjectStore(tmp_path_factory.mktemp("serve"))
+    publish_all(store, small_sdxl)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -80,49 +71,31 @@ def server(local_ray: None, small_sdxl: Path, tmp_path_factory: pytest.TempPathF
     serve.shutdown()
 
 
-def publish_all(store: SubjectStore, backbone_folder: Path, folder: Path) -> None:
-    """Versions whose networks are the backbone's with noise of their own on every parameter."""
-    backbone = open_backbone(backbone_folder)
-    store.add_backbone(backbone)
-    for number, ((subject, version), components) in enumerate(PUBLISHED.items()):
-        torch.manual_seed(number)
-        for component in components:
-            network: Any = backbone.load(component)
-            with torch.no_grad():
-                for parameter in network.parameters():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-            network.save_pretrained(folder / version / component)
-        lineage = {
-            "class_noun": subject,
-            "identifier": "sks",
-            "backbone": {"family": backbone.family, "hash": backbone.hash},
-            "run": {"samples": asdict(SAMPLES)},
-        }
-        store.publish(subject, version, folder / version, lineage, components)
-
-
 @pytest.fixture(scope="module")
-def plain(server: Server) -> Callable[..., np.ndarray]:
+def plain(server: Server) -> Iterator[Callable[..., np.ndarray]]:
     """Draws an image with diffusers alone, from the files that were published."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
     def draw(subject: str, version: str, prompt: str, seed: int, **options: Any) -> np.ndarray:
+        name = CHANGED[subject, version]
         folder = server.store.version_location(subject, version).local
-        networks = {name: KINDS[name].from_pretrained(folder / name) for name in PUBLISHED[subject, version]}  # type: ignore
-        pipeline = StableDiffusionXLPipeline.from_pretrained(server.backbone, **networks, add_watermarker=False)
+        network = KINDS[name].from_pretrained(folder, subfolder=name)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(server.backbone, **{name: network}, add_watermarker=False)
         pipeline.set_progress_bar_config(disable=True)
         settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "width": 32, "height": 32, **options}
         image = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
         return np.asarray(image)
 
-    return draw
+    yield draw
+    torch.set_num_threads(threads)
 
 
 def test_images_are_those_of_plain_diffusers(server: Server, plain: Callable[..., np.ndarray]) -> None:
     [drawn] = server.pixels(model="mug", seed=7)
-    assert np.array_equal(drawn, plain("mug", "2" * 12, "a sks mug on the beach", 7))
+    assert np.array_equal(drawn, plain(*MUG, "a sks mug on the beach", 7))
     [drawn] = server.pixels(
-        model="mug@" + "1" * 12,
+        model="@".join(OLD_MUG),
         prompt="two cups",
         negative_prompt="blurry",
         size="64x32",
@@ -131,20 +104,20 @@ def test_images_are_those_of_plain_diffusers(server: Server, plain: Callable[...
         guidance_scale=7,
     )
     options = {"negative_prompt": "blurry", "width": 64, "num_inference_steps": 2, "guidance_scale": 7.0}
-    assert np.array_equal(drawn, plain("mug", "1" * 12, "two cups", 2**32 - 1, **options))
+    assert np.array_equal(drawn, plain(*OLD_MUG, "two cups", 2**32 - 1, **options))
 
 
 def test_alternating_subjects_never_mix(server: Server, plain: Callable[..., np.ndarray]) -> None:
-    expected = {key: plain(*key, f"a sks {key[0]} on the beach", 3) for key in PUBLISHED}
-    assert len({image.tobytes() for image in expected.values()}) == len(PUBLISHED)
-    for subject, version in [*PUBLISHED, *reversed(PUBLISHED), *PUBLISHED]:
+    expected = {key: plain(*key, f"a sks {key[0]} on the beach", 3) for key in CHANGED}
+    assert len({image.tobytes() for image in expected.values()}) == len(CHANGED)
+    for subject, version in [*CHANGED, *reversed(CHANGED), *CHANGED]:
         [drawn] = server.pixels(model=f"{subject}@{version}", seed=3)
         assert np.array_equal(drawn, expected[subject, version])
 
 
 def test_each_image_can_be_asked_for_again(server: Server) -> None:
     status, answer = server.generate(model="dog", n=3)
-    assert (status, answer["model"], answer["version"]) == (200, "dog@" + "3" * 12, "3" * 12)
+    assert (status, answer["model"], answer["version"]) == (200, "@".join(DOG), DOG[1])
     assert (answer["size"], answer["warning"]) == ("32x32", None)
     for image in answer["data"]:
         assert image["revised_prompt"] == "a sks dog on the beach"
@@ -162,22 +135,22 @@ def test_a_prompt_without_the_subject_is_served_with_a_warning(server: Server) -
 def test_models_are_listed_with_their_lineage(server: Server) -> None:
     status, answer = server.ask("/v1/models")
     assert (status, answer["object"]) == (200, "list")
-    versions = [f"{subject}@{version}" for subject, version in PUBLISHED]
+    versions = [f"{subject}@{version}" for subject, version in CHANGED]
     assert sorted(model["id"] for model in answer["data"]) == sorted(["mug", "dog", *versions])
     for model in answer["data"]:
         status, details = server.ask(f"/v1/models/{model['id']}")
         assert status == 200
         lineage = details.pop("lineage")
         assert details == model
-        assert lineage == server.store.version(lineage["subject"], model["version"]).manifest  # type: ignore[union-attr]
+        assert lineage == server.store.version(lineage["subject"], model["version"]).manifest
 
 
 def test_a_version_published_later_is_served(server: Server, tmp_path: Path) -> None:
-    published = server.store.version("dog", "3" * 12)
+    published = server.store.version(*DOG)
     assert published is not None
     assert server.generate(model="late")[0] == 404
-    manifest = {key: published.manifest[key] for key in ("class_noun", "identifier", "backbone", "run")}
-    server.store.publish("late", "4" * 12, server.store.local_version(published), manifest, published.components)
+    lineage = {key: published.manifest[key] for key in ("class_noun", "identifier", "backbone", "run")}
+    server.store.publish("late", "4" * 12, server.store.local_version(published), lineage, published.components)
     for _ in range(100):
         status, _ = server.generate(model="late")
         if status == 200:
