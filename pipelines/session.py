@@ -28,7 +28,7 @@ def ray_session(lane: Lane, verbose: bool) -> Iterator[str]:
     """
     with contextlib.nullcontext("this terminal") if verbose else _stderr_to_file() as log:
         context = ray.init(
-            # Left to itself Ray also tries the cluster that was last started here, and waits long for it when it is gone.
+            # Left to itself Ray also tries the cluster last started here, and waits for minutes when it is gone.
             address=None if _joins_a_cluster() else "local",
             log_to_driver=verbose,
             logging_level="INFO" if verbose else "ERROR",
