@@ -146,11 +146,11 @@ class Location:
         temporary = posixpath.join(folder, f".{self.name}.{uuid.uuid4().hex}")
         try:
             yield temporary
+            self.filesystem.move(temporary, self.path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_file(temporary)
             raise
-        self.filesystem.move(temporary, self.path)
 
     def upload_file(self, source: Path) -> None:
         """Copy a local file to this place, atomically."""
