@@ -127,7 +127,10 @@ class Location:
         return json.loads(self.read_bytes())
 
     def write_bytes(self, data: bytes) -> None:
-        """Write the file atomically: a reader sees the old file, or the new one, never a part."""
+        """Write the file atomically: a reader sees the old file, or the new one, never a part.
+
+        A large object is read in pieces: one that is read while it is replaced may come as a mixture of both.
+        """
         whole = memoryview(data)  # what is no bytes fails here: an object store would keep an empty object
         with self._replacing() as path, self.filesystem.open_output_stream(path) as stream:
             stream.write(whole)
