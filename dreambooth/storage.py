@@ -80,7 +80,8 @@ class Location:
         if "://" not in self.uri:
             return Location(posixpath.join(self.uri, part))
         scheme, netloc, path, query, fragment = urlsplit(self.uri)
-        return Location(urlunsplit((scheme, netloc, posixpath.join(path or "/", quote(part, safe=_PATH_SIGNS)), query, fragment)))
+        path = posixpath.join(path or "/", quote(part, safe=_PATH_SIGNS))
+        return Location(urlunsplit((scheme, netloc, path, query, fragment)))
 
     def __str__(self) -> str:
         """The path or URI, as given."""

@@ -27,7 +27,7 @@ ROW = (1, 1, 1)
 X_HAT: dict[Prediction, Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "epsilon": lambda z, said, alpha, sigma: (z - sigma * said) / alpha,
     "v_prediction": lambda z, said, alpha, sigma: alpha * z - sigma * said,
-    "sample": lambda z, said, alpha, sigma: said,
+    "sample": lambda _z, said, _alpha, _sigma: said,
 }
 PLAIN_FACTOR: dict[Prediction, Callable[[np.ndarray], np.ndarray]] = {
     "epsilon": lambda snr: snr,

@@ -36,15 +36,21 @@ def drawn(shard: int, batch: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return images, mean, log_variance
 
 
+OTHER_SETTINGS: dict[str, Any] = {
+    "resolution": 64,
+    "steps": 21,
+    "guidance": 5.5,
+    "batch": 8,
+    "threads": 2,
+    "precision": "bf16",
+    "scheduler": None,
+}
 OTHERS = [
     replace(PRIOR, backbone="another's"),
     replace(PRIOR, prompt="a cat"),
     replace(PRIOR, seed=1),
-    *(replace(PRIOR, sampler=replace(SAMPLER, **{name: value}))
-      for name, value in {
-          "resolution": 64, "steps": 21, "guidance": 5.5, "batch": 8, "threads": 2, "precision": "bf16", "scheduler": None,
-      }.items()),
-]  # fmt: skip
+    *(replace(PRIOR, sampler=replace(SAMPLER, **{name: value})) for name, value in OTHER_SETTINGS.items()),
+]
 
 
 def test_the_key_depends_on_every_field() -> None:

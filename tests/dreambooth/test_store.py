@@ -163,7 +163,7 @@ def test_downloads_of_one_name_are_kept_apart(store: SubjectStore, finished: Pat
 def test_a_version_that_is_not_there_cannot_be_opened(store: SubjectStore, finished: Path) -> None:
     location = store.version_location("rex", "v1")
     location.upload(finished)
-    with pytest.raises(ValueError, match="there is no .*rex/versions/v1"):
+    with pytest.raises(ValueError, match=r"there is no .*rex/versions/v1"):
         store.local_version(Version("rex", "v1", location, {}))
 
 
