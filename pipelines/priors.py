@@ -25,8 +25,8 @@ from dreambooth.store import SubjectStore
 from pipelines.console import Display
 from pipelines.plan import Lane
 
-_DEATHS = 4
-"""How many deaths of its sampler (a killed process, a lost node) a shard survives before the run gives up on it."""
+_DEATHS = 20
+"""How often a sampler's process or node may die: what dies at every start must end the run, not keep it for ever."""
 
 Shard = tuple[str, int]
 """The key of a set and the number of a shard."""
@@ -144,8 +144,8 @@ def _draw(
         ),
         num_cpus=lane.cpus_per_worker,
         num_gpus=lane.gpus_per_worker or None,
-        max_restarts=-1,
-        max_task_retries=_DEATHS,
+        max_restarts=_DEATHS,
+        max_task_retries=-1,  # each attempt to reach a node that is gone counts as one
     )
     dataset.set_name("class_priors")
     for row in dataset.iter_rows():

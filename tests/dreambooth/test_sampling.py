@@ -81,7 +81,7 @@ def test_the_largest_batch_is_found_by_doubling(room: int, batch: int) -> None:
 
 def test_a_device_without_room_for_one_image_is_told() -> None:
     with pytest.raises(ValueError, match="--resolution"):
-        largest_power(lambda size: False)
+        largest_power(lambda size: size == 0)
 
 
 @pytest.mark.slow
