@@ -129,3 +129,11 @@ def test_in_a_manifest_a_subject_with_a_corrupt_photo_leaves_the_others_alone(
         assert np.array_equal(plain, published_sample(version, 0))
         identifiers.add(version.manifest["identifier"])
     assert len(identifiers) == 2
+
+
+def test_more_workers_than_this_machine_has_is_bad_input(photos: Path, small_sdxl: Path, tmp_path: Path) -> None:
+    arguments = ["--images", photos, "--class-noun", "mug", "--backbone", small_sdxl, "--store", tmp_path]
+    done = personalize(*arguments, "--cpus-per-worker", "1000")
+    assert done.returncode == 2
+    assert "--workers 2 needs 2000 CPUs" in done.stderr
+    assert list(tmp_path.glob("*/*/*")) == []
