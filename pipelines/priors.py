@@ -135,11 +135,12 @@ def _draw(
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         ClassPriorSampler,
         fn_constructor_args=(store.root.uri, {key: sets[key] for key, _ in shards}),
-        # One call draws while another encodes and writes, and a third waits: the device has no pause between shards.
+        # One call draws while the other encodes and writes, or waits its turn: the device has no pause between shards,
+        # and at the tail no sampler keeps more than one shard from those that are out of work.
         compute=ActorPoolStrategy(
             size=min(samplers, len(shards)) if samplers else pool_size(lane, len(shards)),
             max_concurrent_calls_per_actor=2,
-            max_tasks_in_flight_per_actor=3,
+            max_tasks_in_flight_per_actor=2,
             enable_true_multi_threading=True,
         ),
         num_cpus=lane.cpus_per_worker,
