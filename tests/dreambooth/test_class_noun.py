@@ -24,10 +24,12 @@ def test_the_noun_is_the_one_of_clips_own_probabilities(small_clip: Path, pictur
     texts = [f"a photo of a {noun}" for noun in NOUNS]
     with torch.no_grad():
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True)
-        expected = model(**inputs).logits_per_image.softmax(-1).mean(0)
+        each = model(**inputs).logits_per_image.softmax(-1)
+    expected = each.mean(0)
+    assert (each - expected).abs().max() > 1e-3 * expected.max()  # the photos do not all say the same
     order = expected.argsort(descending=True).tolist()
     assert [found.noun, *(noun for noun, _ in found.runners_up)] == [NOUNS[index] for index in order[:4]]
-    assert found.score == pytest.approx(expected[order[0]].item(), rel=1e-3)
+    assert found.score == pytest.approx(expected[order[0]].item(), rel=1e-5)
     assert found.score > found.runners_up[0][1]
     assert f"{found.noun!r} with score {found.score:.2f}" in str(found)
     assert found.judge == str(small_clip)
