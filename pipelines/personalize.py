@@ -44,6 +44,8 @@ def run_plan(plan: Plan, display: Display) -> list[Outcome]:
     """Carry out a plan."""
     outcomes = {name: Outcome(name, None, reason) for name, reason in plan.failures.items()}
     for planned in plan.subjects:
+        if planned.found_noun is not None:
+            display.say(f"{planned.run.subject} is a {planned.found_noun}; --class-noun overrides it")
         if (version := plan.store.version(planned.run.subject, planned.run.version)) is not None:
             display.say(f"{planned.run.subject}@{version.id} is published already: nothing to do")
             outcomes[planned.run.subject] = Outcome(planned.run.subject, version)
@@ -61,7 +63,6 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
     from pipelines.training_set import encode_training_sets
 
     store, lane = plan.store, waiting[0].run.lane
-    outcomes = []
     with ray_session(lane, plan.options.run.verbose) as line:
         display.say(line)
         check_reachable(store)
@@ -69,7 +70,14 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
         for planned in waiting:
             store.claim_identifier(planned.run.subject, planned.run.identifier)
         wanted = [(one.run.prior, one.run.training.prior_images) for one in waiting if one.run.prior is not None]
-        generate_priors(store, wanted, lane, display)
+        unmade = generate_priors(store, wanted, lane, display, plan.options.prior.prior_workers)
+        stopped = {
+            one.run.subject: unmade[one.run.prior.key]
+            for one in waiting
+            if one.run.prior and one.run.prior.key in unmade
+        }
+        outcomes = [Outcome(subject, None, reason) for subject, reason in stopped.items()]
+        waiting = [one for one in waiting if one.run.subject not in stopped]
         encode_training_sets(store, waiting, lane, display)
         for planned in waiting:
             run = planned.run

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from multiprocessing import get_context
 from typing import Any
 
 import psutil
 import torch
 
 from dreambooth.backbones import Backbone, open_backbone
+from dreambooth.class_noun import FoundNoun, find_class_noun
 from dreambooth.identifier import Identifier, check_identifier, find_identifier
+from dreambooth.judges.clip import ClipJudge
 from dreambooth.memory import MemoryPlan, plan_memory
 from dreambooth.presets import preset_of
 from dreambooth.prior_set import PriorSet
 from dreambooth.prompts import class_prompt, default_samples, fill, instance_prompt
-from dreambooth.sampling import SamplerSettings, scheduler_class
+from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.storage import digest
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
@@ -26,7 +30,7 @@ from pipelines.options import Options
 GIB = 2**30
 
 _POSITIVE = (
-    *("resolution", "prior_images", "prior_steps", "prior_batch", "steps", "learning_rate", "batch"),
+    *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
     *("gradient_accumulation", "min_snr_gamma", "checkpoint_every", "workers", "cpus_per_worker"),
     *("device_memory", "sample_steps"),
 )
@@ -116,6 +120,8 @@ class PlannedSubject:
 
     subject: Subject
     run: Run
+    found_noun: FoundNoun | None = None
+    """Where the class noun comes from when nobody gave one."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +167,12 @@ def make_plan(options: Options) -> Plan:
         )
     store = SubjectStore(options.run.store)
     specs = _specs(options)
+    prior_sampler = _prior_sampler(options, backbone, training, lane) if training.prior_images else None
     subjects, failures = [], {}
     taken: set[str] = set()
     for spec in specs:
         try:
-            planned = _plan_subject(options, spec, backbone, store, training, lane, taken)
+            planned = _plan_subject(options, spec, backbone, store, training, lane, prior_sampler, taken)
         except ValueError as error:
             if options.subject.manifest is None:
                 raise
@@ -200,6 +207,8 @@ def _check_numbers(options: Options) -> None:
     for name in _NOT_NEGATIVE:
         if values[name] is not None and not values[name] >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, not {values[name]}")
+    if options.prior.prior_batch != "auto" and not options.prior.prior_batch > 0:
+        raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
     scheduler_class(options.prior.prior_scheduler)
     if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
         raise ValueError("--offload cpu needs --zero-stage 1, 2 or 3")
@@ -260,8 +269,11 @@ def _specs(options: Options) -> list[SubjectSpec]:
         from dreambooth.embedded import sample_subject
 
         return [sample_subject()]
-    if chosen.class_noun is None:
-        raise ValueError('--class-noun is missing: say what the images show, for example --class-noun "dog"')
+    if chosen.class_noun is None and chosen.class_noun_judge is None:
+        raise ValueError(
+            '--class-noun is missing: say what the images show, for example --class-noun "dog", or name a CLIP model '
+            "that finds it, for example --class-noun-judge openai/clip-vit-large-patch14"
+        )
     name = chosen.subject or _name_from(chosen.images[0])
     return [SubjectSpec(name, chosen.images, chosen.class_noun, chosen.identifier, ())]
 
@@ -282,11 +294,10 @@ def _plan_subject(
     store: SubjectStore,
     training: Training,
     lane: Lane,
+    prior_sampler: SamplerSettings | None,
     taken: set[str],
 ) -> PlannedSubject:
-    if spec.class_noun is None:
-        raise ValueError(f"subject {spec.name!r} has no class noun: give it in the manifest")
-    subject = load_subject(spec.name, spec.images, spec.class_noun)
+    subject, found_noun = _load(options, spec)
     identifier = _identifier(options, spec, backbone, store, taken)
     preset = preset_of(backbone)
     sampling: dict[str, Any] = {
@@ -295,15 +306,8 @@ def _plan_subject(
         "precision": training.precision,
     }
     prior = None
-    if training.prior_images:
-        sampler = SamplerSettings(
-            steps=options.prior.prior_steps or preset.sampler_steps,
-            guidance=_or(options.prior.prior_guidance, preset.guidance),
-            batch=options.prior.prior_batch,
-            scheduler=options.prior.prior_scheduler,
-            **sampling,
-        )
-        prior = PriorSet(backbone.hash, class_prompt(subject.class_noun), sampler, options.run.seed)
+    if prior_sampler is not None:
+        prior = PriorSet(backbone.hash, class_prompt(subject.class_noun), prior_sampler, options.run.seed)
     samples = SamplerSettings(
         steps=options.samples.sample_steps or preset.sampler_steps,
         guidance=_or(options.samples.sample_guidance, preset.guidance),
@@ -327,7 +331,45 @@ def _plan_subject(
         sample_prompts=prompts,
         seed=options.run.seed,
     )
-    return PlannedSubject(subject, run)
+    return PlannedSubject(subject, run, found_noun)
+
+
+def _load(options: Options, spec: SubjectSpec) -> tuple[Subject, FoundNoun | None]:
+    if spec.class_noun is not None:
+        return load_subject(spec.name, spec.images, spec.class_noun), None
+    if options.subject.class_noun_judge is None:
+        raise ValueError(
+            f"subject {spec.name!r} has no class noun: give it in the manifest, or name a CLIP model that finds it "
+            "with --class-noun-judge"
+        )
+    subject = load_subject(spec.name, spec.images, "subject")
+    found = find_class_noun(_judge(options.subject.class_noun_judge), [image.pixels() for image in subject.images])
+    return replace(subject, class_noun=found.noun), found
+
+
+@cache
+def _judge(source: str) -> ClipJudge:
+    return ClipJudge(source)
+
+
+def _prior_sampler(options: Options, backbone: Backbone, training: Training, lane: Lane) -> SamplerSettings:
+    chosen, preset = options.prior, preset_of(backbone)
+    settings = SamplerSettings(
+        resolution=training.resolution,
+        steps=chosen.prior_steps or preset.sampler_steps,
+        guidance=_or(chosen.prior_guidance, preset.guidance),
+        batch=1 if chosen.prior_batch == "auto" else chosen.prior_batch,
+        threads=lane.cpus_per_worker,
+        precision=training.precision,
+        scheduler=chosen.prior_scheduler,
+        compile=chosen.prior_compile,
+    )
+    if chosen.prior_batch != "auto":
+        return settings
+    if not (lane.gpus_per_worker and torch.cuda.is_available()):
+        raise ValueError("--prior-batch auto probes a GPU, and this machine has none to give: give a number")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return replace(settings, batch=pool.submit(probe_batch, backbone, settings, lane.gpus_per_worker).result())
 
 
 def _or(value: float | None, default: float) -> float:
@@ -406,6 +448,8 @@ def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
     for warning in subject.warnings:
         yield f"  note          {warning}"
     yield f"  identifier    {run.identifier!r}, token ids {list(run.token_ids)}"
+    if planned.found_noun is not None:
+        yield f"  class noun    {planned.found_noun}; --class-noun overrides it"
     yield f"  prompts       {run.instance_prompt!r}; class {run.class_prompt!r}"
     yield f"  version       {run.subject}@{run.version}"
 
