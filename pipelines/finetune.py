@@ -36,7 +36,7 @@ from dreambooth.streams import integer, normal, shuffled
 from pipelines import training_set
 from pipelines.console import Display, Stage
 from pipelines.losses import LossLog
-from pipelines.plan import Run
+from pipelines.run import Run
 
 _FLUSH_EVERY = 5
 _RETRIES = 2

@@ -18,8 +18,10 @@ from collections.abc import Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 from dreambooth.store import SubjectStore, Version  # noqa: E402
+from pipelines.describe import describe  # noqa: E402
 from pipelines.options import Options, parse  # noqa: E402
-from pipelines.plan import Plan, PlannedSubject, describe, make_plan  # noqa: E402
+from pipelines.plan import Plan, make_plan  # noqa: E402
+from pipelines.run import PlannedSubject  # noqa: E402
 
 
 @dataclass(frozen=True)

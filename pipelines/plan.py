@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
@@ -20,12 +19,12 @@ from dreambooth.judges.clip import ClipJudge
 from dreambooth.memory import MemoryPlan, plan_memory
 from dreambooth.presets import preset_of
 from dreambooth.prior_set import PriorSet
-from dreambooth.prompts import class_prompt, default_samples, fill, instance_prompt
+from dreambooth.prompts import class_prompt, default_samples, fill
 from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
-from dreambooth.storage import digest
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
 from pipelines.options import Options
+from pipelines.run import Lane, PlannedSubject, Run, Training
 
 GIB = 2**30
 
@@ -38,90 +37,6 @@ _NOT_NEGATIVE = (
     *("prior_weight", "weight_decay", "max_grad_norm", "gpus_per_worker"),
     *("prior_guidance", "sample_guidance", "seed"),
 )
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of the fine-tuning that determine its result."""
-
-    trained: tuple[str, ...]
-    resolution: int
-    steps: int
-    learning_rate: float
-    batch: int
-    gradient_accumulation: int
-    prior_weight: float
-    prior_images: int
-    min_snr_gamma: float | None
-    weight_decay: float
-    max_grad_norm: float
-    precision: str
-    gradient_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class Lane:
-    """The worker group that trains: its size and how ZeRO shards over it. Part of the arithmetic, down to rounding."""
-
-    workers: int
-    cpus_per_worker: int
-    gpus_per_worker: float
-    zero_stage: int
-    offload: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """One subject to be personalized: a pure value, from which every stage can be run alone, anywhere."""
-
-    subject: str
-    class_noun: str
-    identifier: str
-    token_ids: tuple[int, ...]
-    images: tuple[tuple[str, str], ...]
-    """(name, SHA-256) of each instance image."""
-    backbone: str
-    """The backbone's hash."""
-    training: Training
-    lane: Lane
-    prior: PriorSet | None
-    samples: SamplerSettings
-    sample_prompts: tuple[str, ...]
-    seed: int
-
-    @cached_property
-    def key(self) -> str:
-        """The content address of the run; the version that it publishes bears its first 12 digits."""
-        return digest(self.as_dict(), 32)
-
-    @property
-    def version(self) -> str:
-        """The id of the version."""
-        return self.key[:12]
-
-    @property
-    def instance_prompt(self) -> str:
-        """a [V] [class noun]."""
-        return instance_prompt(self.identifier, self.class_noun)
-
-    @property
-    def class_prompt(self) -> str:
-        """a [class noun]."""
-        return class_prompt(self.class_noun)
-
-    def as_dict(self) -> dict[str, Any]:
-        """A JSON-like form."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PlannedSubject:
-    """A subject with its images read, and its run."""
-
-    subject: Subject
-    run: Run
-    found_noun: FoundNoun | None = None
-    """Where the class noun comes from when nobody gave one."""
 
 
 @dataclass(frozen=True)
@@ -415,60 +330,3 @@ def disk_bytes(plan: Plan) -> int:
     """What the run will write at most: the backbone once, two checkpoints and one more in flight, and each version."""
     parameters = plan.memory.parameters
     return sum(plan.backbone.files.values()) + 3 * 12 * parameters + 4 * parameters * len(plan.subjects)
-
-
-def describe(plan: Plan) -> Iterator[str]:
-    """The plan as lines of text."""
-    yield "Configuration"
-    for name, value in plan.options.as_dict().items():
-        if value not in (None, (), False):
-            yield f"  {name:24} {value}"
-    yield "Backbone"
-    yield f"  {plan.backbone.source} ({plan.backbone.family}), hash {plan.backbone.hash[:12]}"
-    for planned in plan.subjects:
-        yield from _describe_subject(planned)
-    for name, reason in plan.failures.items():
-        yield f"Subject {name} cannot be personalized: {reason}"
-    if plan.subjects:
-        yield "Training"
-        for name, value in {**asdict(plan.subjects[0].run.training), **asdict(plan.subjects[0].run.lane)}.items():
-            yield f"  {name:24} {value}"
-    yield "Class-prior images"
-    for prompt, (wanted, present) in plan.missing_priors().items():
-        yield f"  {prompt!r}: {wanted} wanted, {present} already there, {wanted - present} to make"
-    yield from _describe_memory(plan)
-
-
-def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
-    subject, run = planned.subject, planned.run
-    yield f"Subject {subject.name}"
-    yield f"  images        {len(subject.images)}: {', '.join(image.name for image in subject.images)}"
-    for skipped in subject.skipped:
-        yield f"  passed over   {skipped}"
-    for warning in subject.warnings:
-        yield f"  note          {warning}"
-    yield f"  identifier    {run.identifier!r}, token ids {list(run.token_ids)}"
-    if planned.found_noun is not None:
-        yield f"  class noun    {planned.found_noun}; --class-noun overrides it"
-    yield f"  prompts       {run.instance_prompt!r}; class {run.class_prompt!r}"
-    yield f"  version       {run.subject}@{run.version}"
-
-
-def _describe_memory(plan: Plan) -> Iterator[str]:
-    memory, stage = plan.memory, plan.options.cluster.zero_stage
-    yield f"Memory per device (ZeRO stage {stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
-    for name in ("weights", "gradients", "optimizer_states", "activations", "total"):
-        yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
-    if memory.offloaded:
-        yield f"  {'offloaded to host':18} {_size(memory.offloaded):>12}"
-    if plan.device_bytes is None:
-        yield "  this machine sees no GPU: give --device-memory GIB to learn whether it fits"
-    else:
-        verdict = "fits" if memory.total <= plan.device_bytes else "DOES NOT FIT"
-        yield f"  {verdict} in {_size(plan.device_bytes)}"
-    free = plan.store.free_bytes()
-    yield f"Disk: about {_size(disk_bytes(plan))} of {_size(free) if free is not None else 'an object store'}"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

@@ -23,7 +23,7 @@ from dreambooth.sampling import load_pipeline, sample, to_pixels
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
 from pipelines.console import Display
-from pipelines.plan import Lane
+from pipelines.run import Lane
 
 _DEATHS = 20
 """How often a sampler's process or node may die: what dies at every start must end the run, not keep it for ever."""

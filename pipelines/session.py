@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import dreambooth
 import pipelines
 from dreambooth.store import SubjectStore
-from pipelines.plan import Lane
+from pipelines.run import Lane
 
 
 @contextmanager

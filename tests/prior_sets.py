@@ -15,8 +15,8 @@ from dreambooth.sampling import SamplerSettings
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
 from pipelines.console import Display
-from pipelines.plan import Lane
 from pipelines.priors import ClassPriorSampler, generate_priors
+from pipelines.run import Lane
 
 LANE = Lane(workers=1, cpus_per_worker=1, gpus_per_worker=0.0, zero_stage=2, offload="none")
 PROMPTS = ("a dog", "a mug", "a stuffed animal")
