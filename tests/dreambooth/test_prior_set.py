@@ -1,97 +1,193 @@
-"""Class-prior sets: their address, their seeds, and what is written is what is read."""
-
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+import io
+import json
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from dreambooth.prior_set import PriorSet, latent
+from dreambooth.prior_set import SCHEMA, PriorSet, latent
 from dreambooth.sampling import SamplerSettings
 from dreambooth.storage import Location
-from dreambooth.subject import read_image
 
-SAMPLER = SamplerSettings(32, 4, 5.0, 4, 1, "fp32", "EulerAncestralDiscreteScheduler")
-PRIOR = PriorSet("f00d", "a dog", SAMPLER, 0)
+SAMPLER = SamplerSettings(
+    resolution=32, steps=20, guidance=5.0, batch=4, threads=1, precision="fp32", scheduler="DDPMScheduler"
+)
+PRIOR = PriorSet("a backbone's hash", "a dog", SAMPLER, 0)
+COLUMNS = ["id", "index", "prompt", "seed", "png", "latent_shape", "latent_mean", "latent_log_variance"]
 
 
-def write(prior: PriorSet, store: Location, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    noise = np.random.default_rng(shard)
-    images = noise.integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
-    mean, log_variance = noise.standard_normal((2, 4, 4, 8, 8)).astype(np.float32)
-    prior.write_shard(store, shard, images, mean, log_variance)
+def of_batch(batch: int) -> PriorSet:
+    return replace(PRIOR, sampler=replace(SAMPLER, batch=batch))
+
+
+def drawn(shard: int, batch: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, and latents with the values that a lossy form would change."""
+    generator = np.random.default_rng(shard)
+    images = generator.integers(0, 256, (batch, 16, 24, 3), np.uint8)
+    mean, log_variance = (generator.standard_normal((batch, 4, 4, 6), np.float32) for _ in range(2))
+    mean[0, 0, 0, :4] = [1e-42, -0.0, 3e38, 1 / 3]
     return images, mean, log_variance
 
 
-def test_everything_that_determines_an_image_is_in_the_key() -> None:
-    samplers = [
-        replace(SAMPLER, resolution=64),
-        replace(SAMPLER, steps=5),
-        replace(SAMPLER, guidance=4.0),
-        replace(SAMPLER, batch=8),
-        replace(SAMPLER, threads=2),
-        replace(SAMPLER, precision="bf16"),
-        replace(SAMPLER, scheduler="DDIMScheduler"),
-        replace(SAMPLER, compile=True),
-    ]
-    others = [replace(PRIOR, sampler=sampler) for sampler in samplers]
-    others += [replace(PRIOR, backbone="beef"), replace(PRIOR, prompt="a cat"), replace(PRIOR, seed=1)]
-    assert len({PRIOR.key, *(other.key for other in others)}) == 12
-    assert PriorSet.from_dict(PRIOR.as_dict()) == PRIOR
+OTHER_SETTINGS: dict[str, Any] = {
+    "resolution": 64,
+    "steps": 21,
+    "guidance": 5.5,
+    "batch": 8,
+    "threads": 2,
+    "precision": "bf16",
+    "scheduler": None,
+    "compile": True,
+}
+OTHERS = [
+    replace(PRIOR, backbone="another's"),
+    replace(PRIOR, prompt="a cat"),
+    replace(PRIOR, seed=1),
+    *(replace(PRIOR, sampler=replace(SAMPLER, **{name: value})) for name, value in OTHER_SETTINGS.items()),
+]
 
 
-def test_noise_belongs_to_the_image_and_not_to_the_batch() -> None:
-    def seeds(prior: PriorSet, count: int) -> list[int]:
-        return [seed for shard in prior.shards(count) for seed in prior.seeds(shard)][:count]
-
-    expected = seeds(PRIOR, 24)
-    assert len(set(expected)) == 24
-    for batch in (1, 3, 8):
-        assert seeds(replace(PRIOR, sampler=replace(SAMPLER, batch=batch)), 24) == expected
-    assert not set(expected) & set(seeds(replace(PRIOR, prompt="a cat"), 24))
-    assert not set(expected) & set(seeds(replace(PRIOR, seed=1), 24))
+def test_the_key_depends_on_every_field() -> None:
+    assert len(OTHERS) == len(fields(PriorSet)) - 1 + len(fields(SamplerSettings)), "a new field needs its line above"
+    keys = {other.key for other in (PRIOR, *OTHERS)}
+    assert len(keys) == len(OTHERS) + 1
 
 
-def test_what_is_read_is_what_was_written_and_a_request_takes_a_prefix(tmp_path: Path) -> None:
-    store = Location.of(tmp_path)
-    written = [write(PRIOR, store, shard) for shard in (0, 1)]
-    images, means, log_variances = (np.concatenate(parts) for parts in zip(*written, strict=True))
-    rows = list(PRIOR.rows(store, 7, ["id", "index", "prompt", "seed", "backbone", "png", *LATENTS]))
-    assert [row["index"] for row in rows] == list(range(7))
-    assert [row["seed"] for row in rows] == (PRIOR.seeds(0) + PRIOR.seeds(1))[:7]
-    assert {(row["prompt"], row["backbone"]) for row in rows} == {("a dog", "f00d")}
-    for index, row in enumerate(rows):
-        assert np.array_equal(read_image(row["png"], row["id"]), images[index])
-        assert np.array_equal(latent(row, "latent_mean"), means[index])
-        assert np.array_equal(latent(row, "latent_log_variance"), log_variances[index])
-    assert PRIOR.present(store) == {0, 1}
-    assert PRIOR.has_shard(store, 1)
-    assert not PRIOR.has_shard(store, 2)
+def test_the_key_keeps_its_value() -> None:
+    assert PRIOR.key == "347e9ed9889f1c3d0e0146fb6a536ced"
 
 
-LATENTS = ("latent_shape", "latent_mean", "latent_log_variance")
+@pytest.mark.parametrize("prior", [PRIOR, *OTHERS])
+def test_a_set_comes_back_from_json(prior: PriorSet) -> None:
+    assert PriorSet.from_dict(json.loads(json.dumps(prior.as_dict()))) == prior
 
 
-def test_a_missing_shard_is_an_error_and_never_a_shorter_set(tmp_path: Path) -> None:
-    store = Location.of(tmp_path)
-    for shard in (0, 2):
-        write(PRIOR, store, shard)
-    with pytest.raises(FileNotFoundError):
-        list(PRIOR.rows(store, 12, ["id"]))
+@given(st.integers(0, 500), st.integers(1, 40))
+def test_shards_hold_the_images_and_no_shard_is_without(count: int, batch: int) -> None:
+    prior = of_batch(batch)
+    indices = [index for shard in prior.shards(count) for index in prior.indices(shard)]
+    assert indices == list(range(len(indices)))
+    assert count <= len(indices) < count + batch
 
 
-def test_a_preview_shows_the_first_images(tmp_path: Path) -> None:
-    store = Location.of(tmp_path)
-    write(PRIOR, store, 0)
-    preview = PRIOR.write_preview(store, 4)
-    few = Image.open(preview.path).size
-    for shard in range(1, 8):
-        write(PRIOR, store, shard)
-    assert PRIOR.write_preview(store, 32) == preview
-    many = Image.open(preview.path).size
-    assert many[0] == few[0]
-    assert many[1] > 3 * (few[1] - 100)
-    assert PRIOR.present(store) == set(range(8))
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 40))
+def test_a_larger_request_extends_what_a_smaller_one_made(count: int, more: int, batch: int) -> None:
+    prior = of_batch(batch)
+    shards, larger = list(prior.shards(count)), list(prior.shards(count + more))
+    assert larger[: len(shards)] == shards
+
+
+@given(st.integers(0, 1000), st.integers(1, 40))
+def test_seeds_belong_to_the_image(shard: int, batch: int) -> None:
+    prior = of_batch(batch)
+    seeds = prior.seeds(shard) + prior.seeds(shard + 1)
+    assert len(set(seeds)) == 2 * batch
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_noise_belongs_to_the_image_and_not_to_the_batch(batch: int) -> None:
+    def seeds(prior: PriorSet) -> list[int]:
+        return [seed for shard in prior.shards(24) for seed in prior.seeds(shard)][:24]
+
+    assert seeds(of_batch(batch)) == seeds(PRIOR)
+    for other in (replace(PRIOR, prompt="a cat"), replace(PRIOR, seed=1)):
+        assert not set(seeds(other)) & set(seeds(PRIOR))
+
+
+def test_a_sets_first_seeds_keep_their_values() -> None:
+    assert PRIOR.seeds(0) == [4049318497, 4049318498, 4049318499, 4049318500]
+
+
+def test_what_is_written_is_read_back_exactly(place: Location) -> None:
+    for shard in (1, 0):
+        PRIOR.write_shard(place, shard, *drawn(shard))
+    rows = list(PRIOR.rows(place, 8, COLUMNS))
+    images, means, log_variances = (np.concatenate(arrays) for arrays in zip(drawn(0), drawn(1), strict=True))
+    assert [row["index"] for row in rows] == list(range(8))
+    assert [row["seed"] for row in rows] == PRIOR.seeds(0) + PRIOR.seeds(1)
+    assert {row["prompt"] for row in rows} == {"a dog"}
+    assert len({row["id"] for row in rows}) == 8
+    for row, image, mean, log_variance in zip(rows, images, means, log_variances, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["png"]))), image)
+        assert latent(row, "latent_mean").tobytes() == mean.tobytes()
+        assert latent(row, "latent_log_variance").tobytes() == log_variance.tobytes()
+        assert latent(row, "latent_mean").shape == (4, 4, 6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8])
+def test_the_first_images_are_read_in_order(place: Location, count: int) -> None:
+    for shard in (0, 1):
+        PRIOR.write_shard(place, shard, *drawn(shard))
+    assert [row["index"] for row in PRIOR.rows(place, count, ["index"])] == list(range(count))
+
+
+def test_only_the_columns_asked_for_are_read(place: Location) -> None:
+    PRIOR.write_shard(place, 0, *drawn(0))
+    assert [row.keys() for row in PRIOR.rows(place, 2, ["id"])] == [{"id"}] * 2
+
+
+def test_a_missing_shard_is_an_error(place: Location) -> None:
+    PRIOR.write_shard(place, 0, *drawn(0))
+    PRIOR.write_shard(place, 2, *drawn(2))
+    rows = PRIOR.rows(place, 12, ["index"])
+    assert [next(rows)["index"] for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(FileNotFoundError, match="000001"):
+        next(rows)
+
+
+def test_what_is_present_is_known_by_shard(place: Location) -> None:
+    assert PRIOR.present(place) == set()
+    for shard in (3, 0):
+        PRIOR.write_shard(place, shard, *drawn(shard))
+    (PRIOR.location(place) / ".000001.parquet.0123").write_bytes(b"the remains of a write that was killed")
+    assert PRIOR.present(place) == {0, 3}
+    assert OTHERS[0].present(place) == set()
+
+
+def test_writing_a_shard_twice_changes_nothing(place: Location) -> None:
+    contents: list[Any] = []
+    for _ in range(2):
+        PRIOR.write_shard(place, 0, *drawn(0))
+        folder = PRIOR.location(place)
+        contents.append({name: (folder / name).read_bytes() for name in folder.files()})
+    assert contents[0] == contents[1]
+    assert contents[0].keys() == {"000000.parquet", "set.json"}
+    assert PriorSet.from_dict(json.loads(contents[0]["set.json"])) == PRIOR
+
+
+def test_a_shard_of_another_size_is_refused(place: Location) -> None:
+    with pytest.raises(IndexError):
+        PRIOR.write_shard(place, 0, *drawn(0, batch=3))
+    assert PRIOR.present(place) == set()
+
+
+def test_shards_are_plain_parquet_with_the_schema(place: Location) -> None:
+    PRIOR.write_shard(place, 0, *drawn(0))
+    data = (PRIOR.location(place) / "000000.parquet").read_bytes()
+    assert pq.read_table(io.BytesIO(data)).schema.equals(SCHEMA)
+
+
+def test_a_shard_is_known_to_be_there(place: Location) -> None:
+    PRIOR.write_shard(place, 1, *drawn(1))
+    assert [PRIOR.has_shard(place, shard) for shard in range(3)] == [False, True, False]
+
+
+def test_a_preview_shows_the_first_images(place: Location) -> None:
+    def size(count: int) -> tuple[int, int]:
+        preview = PRIOR.write_preview(place, count)
+        assert preview == PRIOR.location(place) / "preview.png"
+        return Image.open(io.BytesIO(preview.read_bytes())).size
+
+    for shard in range(7):
+        PRIOR.write_shard(place, shard, *drawn(shard))
+    small, large = size(4), size(24)
+    assert size(28) == large
+    assert (small[0], small[1] + 3 * 200) < large
+    assert PRIOR.present(place) == set(range(7))
