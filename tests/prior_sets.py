@@ -38,9 +38,9 @@ def small_sets(
     return [PriorSet(open_backbone(backbone).hash, prompt, sampler, seed=0) for prompt in prompts]
 
 
-def open_store(folder: Path | str, *backbones: Path) -> SubjectStore:
+def open_store(place: Location | Path | str, *backbones: Path) -> SubjectStore:
     """A store that holds the backbones."""
-    store = SubjectStore(folder)
+    store = SubjectStore(place)
     for backbone in backbones:
         store.add_backbone(open_backbone(backbone))
     return store

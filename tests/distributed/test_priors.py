@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
 
+from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
 from tests.conftest import ROOT
 from tests.prior_sets import assert_whole, open_store, small_sets, undisturbed
@@ -37,12 +36,10 @@ def expected(small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Expe
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head without cores for the drivers, and two nodes with a core each."""
+def cluster(bucket: Location, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head without cores for the drivers, and two nodes with a core each, which can reach the bucket."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # copies of remote backbones are kept there
-        environment.setenv("AWS_ACCESS_KEY_ID", "test")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
         environment.setenv("PYTHONPATH", str(ROOT))
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for _ in range(2):
@@ -145,23 +142,9 @@ def test_sets_are_whole_after_any_kill(
     trial(kill, seed, nodes, tmp_path, small_sdxl, expected)
 
 
-@pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, cluster: Cluster, tmp_path: Path) -> Iterator[str]:
-    """Where a store is: a folder, or a bucket of a server that speaks S3's protocol."""
-    if request.param == "local":
-        yield str(tmp_path)
-        return
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"{host}:{port}"
-    s3 = pafs.S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
-    s3.create_dir("priors-bucket")
-    yield f"s3://priors-bucket/store?endpoint_override={endpoint}&scheme=http&region=us-east-1"
-    server.stop()
-
-
-def test_two_jobs_at_once_make_one_whole_set(place: str, nodes: Cluster, small_sdxl: Path, expected: Expected) -> None:
+def test_two_jobs_at_once_make_one_whole_set(
+    place: Location, nodes: Cluster, small_sdxl: Path, expected: Expected
+) -> None:
     store = open_store(place, small_sdxl)
     jobs = [start(nodes, store, small_sdxl, samplers=1) for _ in range(2)]
     for job in jobs:
