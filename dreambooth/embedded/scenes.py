@@ -170,7 +170,7 @@ def _subject(scene: Scene, sprites: Sprites, height: int, rng: np.random.Generat
         pixels = dress(pixels, scene.accessory, sprites.props)
     tilt = rng.normal(0, 4)
     image = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8), "RGBA")
-    return np.asarray(image.rotate(tilt, Image.Resampling.BILINEAR), np.float32) / 255
+    return np.asarray(image.rotate(tilt, Image.Resampling.BILINEAR, expand=True), np.float32) / 255
 
 
 def _place(canvas: np.ndarray, subject: np.ndarray, x: float, feet: float, stage: Stage) -> np.ndarray:

@@ -1,0 +1,116 @@
+"""One config a stage, and the presets.
+
+`full` is the recipe for a data-centre GPU; `cpu` has the same shapes on fewer and smaller steps, so that either takes
+up the other's checkpoints; `tiny` goes through every stage in minutes.
+"""
+
+from dataclasses import dataclass, replace
+
+from dreambooth.embedded.build.training import Recipe
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """How many scenes are rendered for whom; seeds differ, so judges never see the backbone's pictures."""
+
+    size: int = 64
+    backbone: int = 48_000
+    held_out: int = 2_000
+    judges: int = 32_000
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Tokens in all, the English words beside the captions, and the longest prompt."""
+
+    tokens: int = 4_096
+    english_words: int = 30_000
+    length: int = 32
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Widths of the autoencoder and its latent channels."""
+
+    channels: tuple[int, ...] = (32, 64, 96)
+    latent_channels: int = 8
+    recipe: Recipe = Recipe(steps=20_000, batch=64, lr=1e-3, ema=0.999)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Widths and layers of the two text encoders, and of the image tower that they are trained against."""
+
+    widths: tuple[int, int] = (128, 192)
+    layers: tuple[int, int] = (3, 4)
+    projection: int = 192
+    tower: tuple[int, ...] = (32, 64, 128, 192)
+    recipe: Recipe = Recipe(steps=10_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
+
+
+@dataclass(frozen=True)
+class UnetConfig:
+    """Widths, layers and attention of the U-Net."""
+
+    channels: tuple[int, ...] = (64, 128, 192)
+    layers: int = 1
+    transformer_layers: tuple[int, ...] = (1, 1, 2)
+    heads: int = 32
+    caption_drop: float = 0.1
+    recipe: Recipe = Recipe(steps=60_000, batch=256, lr=5e-4, decay=False, ema=0.9995)
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Widths of the judges' towers."""
+
+    tower: tuple[int, ...] = (32, 64, 128, 192)
+    text_width: int = 128
+    text_layers: int = 3
+    projection: int = 128
+    clip: Recipe = Recipe(steps=10_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
+    dino: Recipe = Recipe(steps=10_000, batch=128, lr=1e-3, weight_decay=0.05, ema=0.995)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """A whole build."""
+
+    pool: PoolConfig = PoolConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    vae: VaeConfig = VaeConfig()
+    text: TextConfig = TextConfig()
+    unet: UnetConfig = UnetConfig()
+    judges: JudgeConfig = JudgeConfig()
+
+
+def _few(steps: int, batch: int = 4) -> Recipe:
+    return Recipe(steps=steps, batch=batch, lr=1e-3, warmup=2, ema=0.9)
+
+
+_FULL = BuildConfig()
+
+PRESETS = {
+    "full": _FULL,
+    "cpu": replace(
+        _FULL,
+        vae=replace(_FULL.vae, recipe=Recipe(steps=2_500, batch=16, lr=1e-3, warmup=100, ema=0.998)),
+        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_500, batch=128)),
+        unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
+        judges=replace(
+            _FULL.judges,
+            clip=replace(_FULL.judges.clip, steps=1_500, batch=128),
+            dino=replace(_FULL.judges.dino, steps=1_500, batch=64),
+        ),
+    ),
+    "tiny": BuildConfig(
+        PoolConfig(size=32, backbone=48, held_out=16, judges=32),
+        TokenizerConfig(tokens=600, english_words=300),
+        VaeConfig(channels=(8, 16, 16), latent_channels=4, recipe=_few(6)),
+        TextConfig(widths=(32, 32), layers=(2, 2), projection=32, tower=(8, 16, 16, 16), recipe=_few(4, 8)),
+        UnetConfig(channels=(16, 32, 32), transformer_layers=(1, 1, 1), heads=16, recipe=_few(6)),
+        JudgeConfig(
+            tower=(8, 16, 16, 16), text_width=32, text_layers=2, projection=32, clip=_few(4, 8), dino=_few(4, 8)
+        ),
+    ),
+}

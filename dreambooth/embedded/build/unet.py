@@ -1,0 +1,173 @@
+"""The U-Net: v-prediction on normalized latents with zero terminal signal-to-noise, conditioned as SDXL is.
+
+Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", gives the schedule; the frozen text
+encoders' states are the context, the pooled text and the size and crop of the picture the added embedding.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dreambooth.embedded.build.config import UnetConfig
+from dreambooth.embedded.build.contrastive import tokenize
+from dreambooth.embedded.build.pool import Pool
+from dreambooth.embedded.build.text import encode_prompts
+from dreambooth.embedded.build.training import Clock, autocast, batches, chunks, to_pixels, train
+
+SEED = 13
+TIME_ID_WIDTH = 32
+
+
+class Latents(NamedTuple):
+    """The cached training set of the U-Net, all rows alike: latents float16 (N, C, h, w), the micro-conditioning
+    int16 (N, 6) as (original height, width, crop top, left, target height, width), and caption numbers (N,) into the
+    distinct captions' states float16 (M, length, width), pooled float16 (M, projection)."""
+
+    latents: np.ndarray
+    time_ids: np.ndarray
+    captions: np.ndarray
+    states: np.ndarray
+    pooled: np.ndarray
+
+
+def new_scheduler() -> DDIMScheduler:
+    """The noise schedule and sampler; `clip_sample` is off, since latents are no pixels."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def new_unet(config: UnetConfig, latent_channels: int, size: int, context: int, pooled: int) -> UNet2DConditionModel:
+    """An untrained U-Net of SDXL's kind for latents of side `size`."""
+    levels = len(config.channels)
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        transformer_layers_per_block=config.transformer_layers,
+        attention_head_dim=tuple(max(1, width // config.heads) for width in config.channels),
+        use_linear_projection=True,
+        norm_num_groups=min(16, config.channels[0]),
+        cross_attention_dim=context,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=6 * TIME_ID_WIDTH + pooled,
+    )
+
+
+@torch.no_grad()
+def make_latents(
+    pool: Pool,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+    folder: Path,
+    clock: Clock,
+) -> Latents:
+    """Encode pictures and captions once into `folder`, memory-mapped from then on."""
+    names = ("latents", "time_ids", "captions", "states", "pooled")
+    if not (folder / "done").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        vae.to(clock.device)
+        distinct = sorted(set(pool.captions))
+        number = {caption: index for index, caption in enumerate(distinct)}
+        latents, time_ids = [], []
+        for part in chunks(len(pool.images), 128):
+            pixels, ids = _conditioned(to_pixels(pool.images[part], clock.device), part.start)
+            latents.append(vae.encode(pixels).latent_dist.mean.cpu().to(torch.float16).numpy())
+            time_ids.append(ids)
+        tokens = tokenize(tokenizer, distinct)
+        parts = [[out.to(torch.float16).numpy() for out in encode_prompts(encoders, t)] for t in tokens.split(256)]
+        arrays = (
+            np.concatenate(latents),
+            np.concatenate(time_ids),
+            np.array([number[caption] for caption in pool.captions], np.int32),
+            np.concatenate([states for states, _ in parts]),
+            np.concatenate([pooled for _, pooled in parts]),
+        )
+        for name, array in zip(names, arrays, strict=True):
+            np.save(folder / f"{name}.npy", array)
+        (folder / "done").write_text(json.dumps({"captions": len(distinct)}))
+    return Latents(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+
+
+def _conditioned(pixels: Tensor, start: int) -> tuple[Tensor, np.ndarray]:
+    """Make micro-conditioning mean something: an eighth of the pictures come from a smaller original, an eighth are
+    crops. Returns the pictures and their time ids (N, 6)."""
+    side = pixels.shape[-1]
+    ids = np.tile(np.array([side, side, 0, 0, side, side], np.int16), (len(pixels), 1))
+    out = pixels.clone()
+    for row in range(len(pixels)):
+        rng = np.random.default_rng([SEED, start + row])
+        kind = rng.random()
+        picture = pixels[row : row + 1]
+        if kind < 0.125:
+            small = int(rng.integers(side // 2, side))
+            shrunk = F.interpolate(picture, size=small, mode="area")
+            out[row] = F.interpolate(shrunk, size=side, mode="bilinear")[0]
+            ids[row, :2] = small
+        elif kind < 0.25:
+            large = side + int(rng.integers(1, side // 5))
+            top, left = (int(v) for v in rng.integers(0, large - side + 1, 2))
+            grown = F.interpolate(picture, size=large, mode="bilinear")
+            out[row] = grown[0, :, top : top + side, left : left + side]
+            ids[row, 2:4] = top, left
+    return out, ids
+
+
+def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, folder: Path, clock: Clock) -> None:
+    """Train on cached latents; a tenth of the captions are dropped to zeros for classifier-free guidance."""
+    device = clock.device
+    unet.to(device)
+    scheduler = new_scheduler()
+    alphas = scheduler.alphas_cumprod.to(device)
+    recipe = config.recipe
+
+    def loss_of(step: int) -> Tensor:
+        rows = batches(len(data.latents), recipe.batch, SEED, step)
+        rng = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+        latents = torch.from_numpy(data.latents[rows]).float()
+        captions = data.captions[rows]
+        kept = (torch.rand(len(rows), generator=rng) >= config.caption_drop).float()
+        states = torch.from_numpy(data.states[captions]).float() * kept[:, None, None]
+        pooled = torch.from_numpy(data.pooled[captions]).float() * kept[:, None]
+        noise = torch.randn(latents.shape, generator=rng)
+        # One timestep from each of as many equal parts of the schedule as the batch has samples: less variance.
+        span = torch.arange(len(rows)) + torch.rand(len(rows), generator=rng)
+        timesteps = (span / len(rows) * len(alphas)).long()
+        latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        target = scheduler.get_velocity(latents, noise, timesteps)
+        conditions = {
+            "text_embeds": pooled.to(device),
+            "time_ids": torch.from_numpy(data.time_ids[rows].astype(np.float32)).to(device),
+        }
+        with autocast(device):
+            predicted = unet(
+                noisy,
+                timesteps,
+                encoder_hidden_states=states.to(device),
+                added_cond_kwargs=conditions,
+            ).sample
+        return F.mse_loss(predicted.float(), target)
+
+    train(unet, loss_of, recipe, folder, clock)
