@@ -6,6 +6,7 @@ units of the canvas side, y downwards.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ class Brush:
     """Drawing in units of the canvas side, with the seeded generator that all painters share."""
 
     def __init__(self, size: int, rng: np.random.Generator, props: Props) -> None:
+        """A blank canvas of `size` pixels a side."""
         self.size, self.rng, self.props = size, rng, props
         self.image = Image.new("RGB", (size, size))
         self.draw = ImageDraw.Draw(self.image)
@@ -150,7 +152,9 @@ def fabric(b: Brush) -> Stage:
     size = b.size
     y, x = np.mgrid[0:size, 0:size] / size
     angle = b.uniform(-0.9, 0.9)
-    fold = np.sin((x * math.cos(angle) + y * math.sin(angle)) * b.uniform(14, 22) + 1.5 * np.sin(y * 5 + b.uniform(0, 6)))
+    fold = np.sin(
+        (x * math.cos(angle) + y * math.sin(angle)) * b.uniform(14, 22) + 1.5 * np.sin(y * 5 + b.uniform(0, 6))
+    )
     base = np.array(b.vary((240, 130, 180), 10))
     b.image.paste(Image.fromarray(np.clip(base + 18 * fold[..., None], 0, 255).astype(np.uint8)), (0, 0))
     return Stage(b.uniform(0.8, 0.92))
@@ -164,7 +168,7 @@ def wood(b: Brush) -> Stage:
     base = b.vary((166, 112, 64), 12)
     b.band(top, 1, base)
     edges = [-0.9, -0.45, -0.1, 0.2, 0.5, 0.8, 1.1, 1.45, 1.9]
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in pairwise(edges):
         points = [(0.5 + (left - 0.5) * 0.5, top), (0.5 + (right - 0.5) * 0.5, top), (right, 1.01), (left, 1.01)]
         b.polygon(points, b.vary(base, 12))
     for edge in edges:
@@ -198,7 +202,12 @@ def mountain(b: Brush) -> Stage:
         b.polygon([(centre - half, 0.7), (centre, peak), (centre + half, 0.7)], b.vary((112, 118, 138), 14))
         cap = 0.15
         w = cap / slope
-        points = [(centre - w, peak + cap), (centre, peak), (centre + w, peak + cap), (centre + w / 3, peak + cap * 0.7)]
+        points = [
+            (centre - w, peak + cap),
+            (centre, peak),
+            (centre + w, peak + cap),
+            (centre + w / 3, peak + cap * 0.7),
+        ]
         b.polygon([*points, (centre - w / 4, peak + cap * 1.1)], (248, 250, 253))
     b.band(0.68, 1, b.vary((110, 175, 80), 10), b.vary((84, 145, 62), 8))
     return Stage(b.uniform(0.85, 0.93))
@@ -213,7 +222,9 @@ def house(b: Brush) -> Stage:
     b.polygon([(x - 0.06, top), (x + wide / 2, roof), (x + wide + 0.06, top)], b.vary((70, 74, 96), 8))
     b.polygon([(x, top), (x + wide, top), (x + wide, 0.72), (x, 0.72)], b.vary((58, 120, 220), 12))
     for wx in (x + 0.06, x + wide - 0.18):
-        b.polygon([(wx, top + 0.06), (wx + 0.12, top + 0.06), (wx + 0.12, top + 0.18), (wx, top + 0.18)], (250, 246, 225))
+        b.polygon(
+            [(wx, top + 0.06), (wx + 0.12, top + 0.06), (wx + 0.12, top + 0.18), (wx, top + 0.18)], (250, 246, 225)
+        )
     door = x + wide / 2
     b.polygon([(door - 0.06, 0.5), (door + 0.06, 0.5), (door + 0.06, 0.72), (door - 0.06, 0.72)], (245, 245, 245))
     return Stage(b.uniform(0.86, 0.94))

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dreambooth.embedded.backgrounds import Props
 from dreambooth.embedded.instances import hsv_to_rgb, recolour
 
 HEADROOM = 0.32
@@ -37,7 +36,7 @@ def find_head(alpha: np.ndarray) -> Head:
     return Head((left + right - 1) / 2, top, width, tall if is_face else min(tall, 1.1 * width))
 
 
-def dress(pixels: np.ndarray, accessory: str, props: Props) -> np.ndarray:
+def dress(pixels: np.ndarray, accessory: str) -> np.ndarray:
     """The individual, float RGBA (H, W, 4), wearing one of `ACCESSORIES`; the result is `HEADROOM` taller."""
     height, width = pixels.shape[:2]
     room = round(HEADROOM * height)
@@ -80,7 +79,10 @@ def dress(pixels: np.ndarray, accessory: str, props: Props) -> np.ndarray:
     elif accessory == "firefighter":
         pen.pieslice((*at(-0.4, brow - 0.45), *at(0.4, brow + 0.35)), 180, 360, fill=(200, 30, 26))
         pen.ellipse((*at(-0.56, brow - 0.12), *at(0.56, brow + 0.05)), fill=(160, 18, 18))
-        pen.polygon([at(-0.12, brow - 0.1), at(-0.12, brow - 0.34), at(0.12, brow - 0.34), at(0.12, brow - 0.1)], fill=(250, 205, 60))
+        pen.polygon(
+            [at(-0.12, brow - 0.1), at(-0.12, brow - 0.34), at(0.12, brow - 0.34), at(0.12, brow - 0.1)],
+            fill=(250, 205, 60),
+        )
     elif accessory == "police":
         pen.polygon([at(-0.34, brow), at(-0.5, brow - 0.3), at(0.5, brow - 0.3), at(0.34, brow)], fill=(28, 50, 120))
         pen.ellipse((*at(-0.36, brow - 0.08), *at(0.36, brow + 0.08)), fill=(16, 18, 34))
@@ -91,7 +93,9 @@ def dress(pixels: np.ndarray, accessory: str, props: Props) -> np.ndarray:
             eye = (x + side * wide, row)
             _dot(pen, eye, wide * 0.15, (255, 190, 222))
             _ring(pen, eye, wide * 0.17, (240, 50, 150), wide * 0.06)
-        pen.line(((x - 0.06 * wide, row), (x + 0.06 * wide, row)), fill=(240, 50, 150), width=max(1, round(wide * 0.06)))
+        pen.line(
+            ((x - 0.06 * wide, row), (x + 0.06 * wide, row)), fill=(240, 50, 150), width=max(1, round(wide * 0.06))
+        )
     elif accessory == "rainbow scarf":
         row = top + 0.86 * tall
         thick = 0.05 * wide

@@ -167,7 +167,7 @@ def _subject(scene: Scene, sprites: Sprites, height: int, rng: np.random.Generat
     if scene.look:
         pixels = _LOOKS[scene.look](pixels, rng)
     if scene.accessory:
-        pixels = dress(pixels, scene.accessory, sprites.props)
+        pixels = dress(pixels, scene.accessory)
     tilt = rng.normal(0, 4)
     image = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8), "RGBA")
     return np.asarray(image.rotate(tilt, Image.Resampling.BILINEAR, expand=True), np.float32) / 255
@@ -238,15 +238,17 @@ def _wet(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
-def _cube(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _cube(pixels: np.ndarray, _: np.random.Generator) -> np.ndarray:
     """The individual spread over the three visible faces of a cube."""
-    height, width = pixels.shape[:2]
+    height = pixels.shape[0]
     alpha = pixels[..., 3:]
     solid = pixels[alpha[..., 0] > 0.5][:, :3]
     base = np.median(solid, axis=0) if len(solid) else np.full(3, 0.5)
     face = pixels[..., :3] * alpha + base * (1 - alpha)
     side = round(0.72 * height)
-    front = Image.fromarray((np.clip(face, 0, 1) * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
+    front = Image.fromarray((np.clip(face, 0, 1) * 255).astype(np.uint8)).resize(
+        (side, side), Image.Resampling.BILINEAR
+    )
     depth = height - side
     canvas = Image.new("RGBA", (height, height))
     shade = tuple(round(255 * float(c) * 0.62) for c in base)

@@ -99,7 +99,7 @@ NOUNS: dict[str, Noun] = {
     ]
 }
 
-# Things that stand about in the backgrounds or are worn; they are no class nouns.
+# Things that stand about in the backgrounds; they are no class nouns.
 PROPS: dict[str, tuple[str, ...]] = {
     "palm": ("palm-tree",),
     "tree": ("deciduous-tree",),
@@ -107,8 +107,6 @@ PROPS: dict[str, tuple[str, ...]] = {
     "sunflower": ("sunflower",),
     "leaf": ("fallen-leaf", "maple-leaf"),
     "person": ("person-standing", "person-walking"),
-    "top hat": ("top-hat",),
-    "helmet": ("rescue-workers-helmet",),
 }
 
 CONTEXTS: dict[str, str] = {

@@ -4,7 +4,7 @@
 up the other's checkpoints; `tiny` goes through every stage in minutes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dreambooth.embedded.build.training import Recipe
 
@@ -16,7 +16,7 @@ class PoolConfig:
     size: int = 64
     backbone: int = 48_000
     held_out: int = 2_000
-    judges: int = 32_000
+    judges: int = 24_000
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class VaeConfig:
 
     channels: tuple[int, ...] = (32, 64, 96)
     latent_channels: int = 8
-    recipe: Recipe = Recipe(steps=20_000, batch=64, lr=1e-3, ema=0.999)
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=20_000, batch=64, lr=1e-3, ema=0.999))
 
 
 @dataclass(frozen=True)
@@ -45,31 +45,43 @@ class TextConfig:
     layers: tuple[int, int] = (3, 4)
     projection: int = 192
     tower: tuple[int, ...] = (32, 64, 128, 192)
-    recipe: Recipe = Recipe(steps=10_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
+    recipe: Recipe = field(
+        default_factory=lambda: Recipe(steps=10_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
+    )
 
 
 @dataclass(frozen=True)
 class UnetConfig:
     """Widths, layers and attention of the U-Net."""
 
-    channels: tuple[int, ...] = (64, 128, 192)
+    channels: tuple[int, ...] = (96, 128, 192)
     layers: int = 1
-    transformer_layers: tuple[int, ...] = (1, 1, 2)
-    heads: int = 32
+    transformer_layers: tuple[int, ...] = (1, 1, 1)
+    head_width: int = 32
     caption_drop: float = 0.1
-    recipe: Recipe = Recipe(steps=60_000, batch=256, lr=5e-4, decay=False, ema=0.9995)
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=60_000, batch=256, lr=5e-4, decay=False, ema=0.9995))
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
     """Widths of the judges' towers."""
 
-    tower: tuple[int, ...] = (32, 64, 128, 192)
+    tower: tuple[int, ...] = (32, 64, 128, 160)
     text_width: int = 128
     text_layers: int = 3
     projection: int = 128
-    clip: Recipe = Recipe(steps=10_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
-    dino: Recipe = Recipe(steps=10_000, batch=128, lr=1e-3, weight_decay=0.05, ema=0.995)
+    clip: Recipe = field(default_factory=lambda: Recipe(steps=10_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995))
+    dino: Recipe = field(default_factory=lambda: Recipe(steps=10_000, batch=128, lr=1e-3, weight_decay=0.05, ema=0.995))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How much is measured: sampled pictures, held-out renders, and choices among `siblings` individuals."""
+
+    samples: int = 1_000
+    renders: int = 1_000
+    trials: int = 500
+    siblings: int = 10
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,7 @@ class BuildConfig:
     text: TextConfig = TextConfig()
     unet: UnetConfig = UnetConfig()
     judges: JudgeConfig = JudgeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 def _few(steps: int, batch: int = 4) -> Recipe:
@@ -94,7 +107,7 @@ PRESETS = {
     "full": _FULL,
     "cpu": replace(
         _FULL,
-        vae=replace(_FULL.vae, recipe=Recipe(steps=2_500, batch=16, lr=1e-3, warmup=100, ema=0.998)),
+        vae=replace(_FULL.vae, recipe=Recipe(steps=1_800, batch=16, lr=1e-3, warmup=100, ema=0.99)),
         text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_500, batch=128)),
         unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
         judges=replace(
@@ -108,9 +121,10 @@ PRESETS = {
         TokenizerConfig(tokens=600, english_words=300),
         VaeConfig(channels=(8, 16, 16), latent_channels=4, recipe=_few(6)),
         TextConfig(widths=(32, 32), layers=(2, 2), projection=32, tower=(8, 16, 16, 16), recipe=_few(4, 8)),
-        UnetConfig(channels=(16, 32, 32), transformer_layers=(1, 1, 1), heads=16, recipe=_few(6)),
+        UnetConfig(channels=(16, 32, 32), transformer_layers=(1, 1, 1), head_width=16, recipe=_few(6)),
         JudgeConfig(
             tower=(8, 16, 16, 16), text_width=32, text_layers=2, projection=32, clip=_few(4, 8), dino=_few(4, 8)
         ),
+        EvaluationConfig(samples=4, renders=16, trials=2, siblings=2),
     ),
 }

@@ -19,9 +19,7 @@ MAX_LOGIT_SCALE = 4.6
 def new_image_tower(widths: tuple[int, ...]) -> ResNetModel:
     """A small residual network on pixels in [-1, 1]; its pooled output has `widths[-1]` numbers."""
     return ResNetModel(
-        ResNetConfig(
-            embedding_size=widths[0], hidden_sizes=list(widths), depths=[2] * len(widths), layer_type="basic"
-        )
+        ResNetConfig(embedding_size=widths[0], hidden_sizes=list(widths), depths=[2] * len(widths), layer_type="basic")
     )
 
 
@@ -46,6 +44,7 @@ class Contrast(nn.Module):
     """One image tower against some text towers: symmetric cross-entropy of matching pictures with captions."""
 
     def __init__(self, image: ResNetModel, texts: list[CLIPTextModelWithProjection]) -> None:
+        """Towers with fresh projections of the pictures, one a text tower."""
         super().__init__()
         self.image = image
         self.texts = nn.ModuleList(texts)

@@ -43,7 +43,7 @@ def write_subjects(sprites: Path, folder: Path) -> None:
 
 def listing() -> str:
     """The classes and both prompt lists, in the shape of DreamBench's `prompts_and_classes.txt`."""
-    assert {"red", "purple"} <= set(COLOURS) and set(_CHANGES[2:]) == set(PROPERTIES)
+    assert set(_CHANGES) <= {*COLOURS, *PROPERTIES}
     changes = [f"a {word} {{0}} {{1}}" for word in _CHANGES]
     objects = [f"a {{0}} {{1}} {CONTEXTS[context]}" for context in _OBJECT_CONTEXTS] + changes
     live = [f"a {{0}} {{1}} {CONTEXTS[context]}" for context in _LIVE_CONTEXTS]

@@ -54,17 +54,18 @@ def new_scheduler() -> DDIMScheduler:
 
 def new_unet(config: UnetConfig, latent_channels: int, size: int, context: int, pooled: int) -> UNet2DConditionModel:
     """An untrained U-Net of SDXL's kind for latents of side `size`."""
-    levels = len(config.channels)
+    # As in SDXL, the finest level has no attention.
+    deeper = len(config.channels) - 1
     return UNet2DConditionModel(
         sample_size=size,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * deeper),
+        up_block_types=(*["CrossAttnUpBlock2D"] * deeper, "UpBlock2D"),
         block_out_channels=config.channels,
         layers_per_block=config.layers,
         transformer_layers_per_block=config.transformer_layers,
-        attention_head_dim=tuple(max(1, width // config.heads) for width in config.channels),
+        attention_head_dim=tuple(max(1, width // config.head_width) for width in config.channels),
         use_linear_projection=True,
         norm_num_groups=min(16, config.channels[0]),
         cross_attention_dim=context,

@@ -54,7 +54,9 @@ def finished_vae(vae: AutoencoderKL, pool: Pool, folder: Path, device: torch.dev
     load_average(folder, vae)
     vae.to(device).requires_grad_(False)
     sample = pool.images[:: max(1, len(pool.images) // 2000)][:2000]
-    means = torch.cat([vae.encode(to_pixels(sample[part], device)).latent_dist.mean for part in chunks(len(sample), 64)])
+    means = torch.cat(
+        [vae.encode(to_pixels(sample[part], device)).latent_dist.mean for part in chunks(len(sample), 64)]
+    )
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
     channels = len(mean)
     with torch.no_grad():
