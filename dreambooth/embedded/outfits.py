@@ -125,7 +125,7 @@ def _clothe(
     y = np.arange(body.shape[0])[:, None]
     cloth = np.clip((y - chin) / 3, 0, 1)[..., None] * 0.93
     light = 0.72 + 0.28 * recolour(body, "red")[..., :1]
-    tone = hsv_to_rgb(np.float32(hsv[0])[None], np.float32(hsv[1])[None], np.float32(hsv[2])[None])
+    tone = hsv_to_rgb(*(np.array([channel], np.float32) for channel in hsv))
     out = body.copy()
     out[..., :3] = body[..., :3] * (1 - cloth) + tone * light * cloth
     if button:

@@ -14,9 +14,9 @@ class PoolConfig:
     """How many scenes are rendered for whom; seeds differ, so judges never see the backbone's pictures."""
 
     size: int = 64
-    backbone: int = 48_000
+    backbone: int = 160_000
     held_out: int = 2_000
-    judges: int = 24_000
+    judges: int = 80_000
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ PRESETS = {
     "full": _FULL,
     "cpu": replace(
         _FULL,
+        pool=replace(_FULL.pool, backbone=48_000, judges=24_000),
         vae=replace(_FULL.vae, recipe=Recipe(steps=1_800, batch=16, lr=1e-3, warmup=100, ema=0.99)),
         text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_500, batch=128)),
         unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),

@@ -52,6 +52,10 @@ class Contrast(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(width, text.config.projection_dim, bias=False) for text in texts])
         self.scale = nn.Parameter(torch.tensor(2.3))
 
+    def towers(self) -> list[CLIPTextModelWithProjection]:
+        """The text towers."""
+        return list(self.texts)
+
     def embed_images(self, pixels: Tensor) -> list[Tensor]:
         """One unit vector for each text tower, from pixels (N, 3, H, W) in [-1, 1]."""
         pooled = self.image(pixels).pooler_output.flatten(1)

@@ -92,8 +92,8 @@ def sibling_batch(by_noun: list[np.ndarray], batch: int, step: int) -> np.ndarra
 
 def save_judges(clip: Contrast, dino: Individuals, tokenizer: CLIPTokenizer, size: int, folder: Path) -> None:
     """Write both judges in the shape that `dreambooth.judges.embedded` reads, weights in half precision."""
-    save_image_tower(clip.image, clip.heads[0].weight, size, folder / "embedded-clip")
-    clip.texts[0].half().save_pretrained(folder / "embedded-clip" / "text")
+    save_image_tower(clip.image, clip.state_dict()["heads.0.weight"], size, folder / "embedded-clip")
+    clip.towers()[0].half().save_pretrained(folder / "embedded-clip" / "text")
     tokenizer.save_pretrained(folder / "embedded-clip" / "tokenizer")
     save_image_tower(dino.image, dino.head.weight, size, folder / "embedded-dino")
 

@@ -34,8 +34,7 @@ def finished_encoders(
     """The trained pair, as SDXL's pipeline takes them."""
     contrast = new_contrast(tokenizer, config)
     load_average(folder, contrast)
-    first, second = contrast.texts
-    assert isinstance(second, CLIPTextModelWithProjection)
+    first, second = contrast.towers()
     plain = CLIPTextModel(first.config)
     plain.load_state_dict(first.text_model.state_dict())
     return plain.eval().requires_grad_(False), second.eval().requires_grad_(False)

@@ -68,10 +68,9 @@ def train(
     recipe: Recipe,
     folder: Path,
     clock: Clock,
-    every: int = 500,
-    log: Callable[[str], None] = print,
+    every: float = 60.0,
 ) -> nn.Module | None:
-    """Minimize `loss_of(step)` from the last checkpoint in `folder` to `recipe.steps`.
+    """Minimize `loss_of(step)` from the last checkpoint in `folder` to `recipe.steps`, saving every so many seconds.
 
     Returns the average of the weights (with `recipe.ema`), which holds the result then; `model` holds the last ones.
     Raises `OutOfTimeError` after saving when the clock runs out.
@@ -84,12 +83,13 @@ def train(
         {"params": [p for p in decayed if p not in embeddings], "weight_decay": recipe.weight_decay},
         {"params": others + [p for p in decayed if p in embeddings], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=clock.device.type == "cuda")
     average = _copy(model) if recipe.ema else None
     step = load_checkpoint(folder, model, optimizer, average)
     model.train()
     seen, began = 0, time.monotonic()
-    losses: list[float] = []
+    saved = began
+    losses: list[Tensor] = []
     while step < recipe.steps:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
@@ -101,12 +101,17 @@ def train(
         step, seen = step + 1, seen + recipe.batch
         if average is not None:
             _average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
-        losses.append(float(loss.detach()))
+        losses.append(loss.detach())
         if step % 100 == 0:
             rate = seen / (time.monotonic() - began)
-            log(f"{folder.name} step {step}/{recipe.steps} loss {np.mean(losses[-100:]):.4f} {rate:.0f} samples/s")
-        if step % every == 0 or step == recipe.steps or clock.expired():
+            print(
+                f"{folder.name} step {step}/{recipe.steps} loss {torch.stack(losses).mean():.4f} {rate:.0f} samples/s",
+                flush=True,
+            )
+            losses.clear()
+        if time.monotonic() > saved + every or step == recipe.steps or clock.expired():
             save_checkpoint(folder, model, optimizer, average, step)
+            saved = time.monotonic()
         if clock.expired() and step < recipe.steps:
             raise OutOfTimeError(f"{folder.name} stopped at step {step} of {recipe.steps}")
     model.eval()
@@ -180,7 +185,7 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 
 def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
     """Pictures uint8 (N, H, W, 3) to pixels float (N, 3, H, W) in [-1, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    tensor = torch.from_numpy(np.array(images)).to(device)
     return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 

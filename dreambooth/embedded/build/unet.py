@@ -140,33 +140,32 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
     device = clock.device
     unet.to(device)
     scheduler = new_scheduler()
-    alphas = scheduler.alphas_cumprod.to(device)
+    steps = scheduler.config.num_train_timesteps
+    latents_of, ids_of, caption_of, states_of, pooled_of = (torch.from_numpy(np.array(a)).to(device) for a in data)
     recipe = config.recipe
 
     def loss_of(step: int) -> Tensor:
         rows = batches(len(data.latents), recipe.batch, SEED, step)
         rng = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-        latents = torch.from_numpy(data.latents[rows]).float()
-        captions = data.captions[rows]
-        kept = (torch.rand(len(rows), generator=rng) >= config.caption_drop).float()
-        states = torch.from_numpy(data.states[captions]).float() * kept[:, None, None]
-        pooled = torch.from_numpy(data.pooled[captions]).float() * kept[:, None]
-        noise = torch.randn(latents.shape, generator=rng)
+        picked = torch.from_numpy(rows).to(device)
+        latents, captions = latents_of[picked].float(), caption_of[picked].long()
+        kept = (torch.rand(len(rows), generator=rng) >= config.caption_drop).float().to(device)
+        states = states_of[captions].float() * kept[:, None, None]
+        noise = torch.randn(latents.shape, generator=rng).to(device)
         # One timestep from each of as many equal parts of the schedule as the batch has samples: less variance.
         span = torch.arange(len(rows)) + torch.rand(len(rows), generator=rng)
-        timesteps = (span / len(rows) * len(alphas)).long()
-        latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
+        timesteps = (span / len(rows) * steps).long().to(device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
         conditions = {
-            "text_embeds": pooled.to(device),
-            "time_ids": torch.from_numpy(data.time_ids[rows].astype(np.float32)).to(device),
+            "text_embeds": pooled_of[captions].float() * kept[:, None],
+            "time_ids": ids_of[picked].float(),
         }
         with autocast(device):
             predicted = unet(
                 noisy,
                 timesteps,
-                encoder_hidden_states=states.to(device),
+                encoder_hidden_states=states,
                 added_cond_kwargs=conditions,
             ).sample
         return F.mse_loss(predicted.float(), target)
