@@ -43,6 +43,8 @@ class Options:
 
 def main(options: Options) -> int:
     """Run the stages asked for; the exit status says whether they are done."""
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
     clock = Clock(time.monotonic() + 60 * options.minutes, torch.device(options.device))
     build = stages.Build(options.out, PRESETS[options.preset], clock, options.workers, options.sprites)
     chosen: dict[str, Callable[[stages.Build], None]] = stages.STAGES

@@ -109,12 +109,12 @@ PRESETS = {
         _FULL,
         pool=replace(_FULL.pool, backbone=48_000, judges=24_000),
         vae=replace(_FULL.vae, recipe=Recipe(steps=1_800, batch=16, lr=1e-3, warmup=100, ema=0.99)),
-        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_500, batch=128)),
+        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=900, batch=128)),
         unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=1_500, batch=128),
-            dino=replace(_FULL.judges.dino, steps=1_500, batch=64),
+            clip=replace(_FULL.judges.clip, steps=900, batch=128),
+            dino=replace(_FULL.judges.dino, steps=900, batch=64),
         ),
     ),
     "tiny": BuildConfig(

@@ -27,12 +27,14 @@ SCENE_SEED, GALLERY_SEED = 5, 6
 STEPS, GUIDANCE = 25, 4.0
 
 
-def evaluate(weights: Path, sprites: Path, held_out: Pool, config: EvaluationConfig, out: Path) -> dict[str, float]:
+def evaluate(
+    weights: Path, sprites: Path, held_out: Pool, config: EvaluationConfig, out: Path, device: torch.device
+) -> dict[str, float]:
     """Measure everything, write `figures.json` and contact sheets into `out`, and return the figures."""
     out.mkdir(parents=True, exist_ok=True)
     drawings = Sprites.load(sprites)
-    clip = EmbeddedClip(weights / "judges" / "embedded-clip")
-    dino = EmbeddedDino(weights / "judges" / "embedded-dino")
+    clip = EmbeddedClip(weights / "judges" / "embedded-clip", device)
+    dino = EmbeddedDino(weights / "judges" / "embedded-dino", device)
     pipeline = StableDiffusionXLPipeline.from_pretrained(weights / "backbone", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     figures: dict[str, float] = {}
@@ -42,14 +44,15 @@ def evaluate(weights: Path, sprites: Path, held_out: Pool, config: EvaluationCon
         print(json.dumps(values), flush=True)
         (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
-    note({"psnr_db": psnr(pipeline.vae, held_out.images[: config.renders], torch.device("cpu"))})
+    note({"seconds_per_image_on_one_core": seconds_per_image(pipeline)})
+    pipeline.to(device)
+    note({"psnr_db": psnr(pipeline.vae, held_out.images[: config.renders], device)})
     note({"clip_retrieval_of_100": retrieval(clip, held_out, config.renders)})
     note({"dino_instance_of_10": instance_choice(dino, drawings, config.trials, config.siblings)})
     scenes = [sample_scene(drawings, SCENE_SEED, index, held_out=True) for index in range(config.samples)]
     size = held_out.images.shape[1]
     real = [Image.fromarray(render(scene, drawings, size)) for scene in scenes]
     note({f"real_{name}": value for name, value in accuracies(clip, scenes, real).items()})
-    note({"seconds_per_image": seconds_per_image(pipeline)})
     sampled = sample(pipeline, [caption(scene) for scene in scenes])
     note({f"sampled_{name}": value for name, value in accuracies(clip, scenes, sampled).items()})
     note({"samples": len(scenes), "steps": STEPS, "guidance": GUIDANCE})
@@ -144,7 +147,7 @@ def held_out_similarities(dino: EmbeddedDino, drawings: Sprites) -> dict[str, tu
 
 
 def seconds_per_image(pipeline: StableDiffusionXLPipeline, times: int = 5) -> float:
-    """The median time of one picture on one core, at `STEPS` steps with guidance."""
+    """The median time of one picture on one core of the CPU, at `STEPS` steps with guidance."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     taken = []

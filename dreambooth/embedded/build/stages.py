@@ -9,7 +9,19 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth.embedded.build import evaluate, judges, package, pool, sprites, subjects, text, tokenizer, unet, vae
+from dreambooth.embedded.build import (
+    card,
+    evaluate,
+    judges,
+    package,
+    pool,
+    sprites,
+    subjects,
+    text,
+    tokenizer,
+    unet,
+    vae,
+)
 from dreambooth.embedded.build.config import BuildConfig
 from dreambooth.embedded.build.training import Clock, checkpoint_step, load_average
 
@@ -163,10 +175,17 @@ def run_subjects(build: Build) -> None:
 
 
 def run_evaluate(build: Build) -> None:
-    """Measure the package and write `evaluation/figures.json` and contact sheets."""
-    evaluate.evaluate(
-        build.weights, build.sprites, build.held_out_pool, build.config.evaluation, build.out / "evaluation"
+    """Measure the package, write `evaluation/figures.json` and contact sheets, and the model card into the package."""
+    figures = evaluate.evaluate(
+        build.weights,
+        build.sprites,
+        build.held_out_pool,
+        build.config.evaluation,
+        build.out / "evaluation",
+        build.clock.device,
     )
+    training = json.loads((build.weights / "training.json").read_text())
+    (build.weights / "README.md").write_text(card.model_card(figures, training, build.config))
 
 
 STAGES: dict[str, Callable[[Build], None]] = {

@@ -94,7 +94,9 @@ def make_latents(
         latents, time_ids = [], []
         for part in chunks(len(pool.images), 128):
             pixels, ids = _conditioned(to_pixels(pool.images[part], clock.device), part.start)
-            latents.append(vae.encode(pixels).latent_dist.mean.cpu().to(torch.float16).numpy())
+            with autocast(clock.device):
+                posterior = vae.encode(pixels).latent_dist
+            latents.append(posterior.mean.cpu().to(torch.float16).numpy())
             time_ids.append(ids)
         tokens = tokenize(tokenizer, distinct)
         parts = [[out.to(torch.float16).numpy() for out in encode_prompts(encoders, t)] for t in tokens.split(256)]
@@ -146,15 +148,15 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
 
     def loss_of(step: int) -> Tensor:
         rows = batches(len(data.latents), recipe.batch, SEED, step)
-        rng = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+        rng = torch.Generator(device).manual_seed(SEED * 1_000_003 + step)
         picked = torch.from_numpy(rows).to(device)
         latents, captions = latents_of[picked].float(), caption_of[picked].long()
-        kept = (torch.rand(len(rows), generator=rng) >= config.caption_drop).float().to(device)
+        kept = (torch.rand(len(rows), generator=rng, device=device) >= config.caption_drop).float()
         states = states_of[captions].float() * kept[:, None, None]
-        noise = torch.randn(latents.shape, generator=rng).to(device)
+        noise = torch.randn(latents.shape, generator=rng, device=device)
         # One timestep from each of as many equal parts of the schedule as the batch has samples: less variance.
-        span = torch.arange(len(rows)) + torch.rand(len(rows), generator=rng)
-        timesteps = (span / len(rows) * steps).long().to(device)
+        span = torch.arange(len(rows), device=device) + torch.rand(len(rows), generator=rng, device=device)
+        timesteps = (span / len(rows) * steps).long()
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
         conditions = {
