@@ -1,0 +1,31 @@
+# `make demo` and `make test` set up everything they need in .venv; see README.md.
+
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+STORE   ?= demo-store
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(INSTALLED)  ## personalize the sample subject on the embedded backbone, on this machine's CPU
+	$(BIN)/python pipelines/personalize.py --store $(STORE)
+
+test: $(INSTALLED)  ## the tests that every change must pass
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)  ## the rest of the tests: minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,tools]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(STORE) build *.egg-info

@@ -1,0 +1,139 @@
+"""Memory that fine-tuning takes on one device, by part, from a backbone's configurations alone.
+
+Parameters are counted on networks without storage (torch's meta device). Activations are what autograd keeps for the
+backward pass of one such forward pass. The division by ZeRO stage follows Rajbhandari et al., "ZeRO: Memory
+Optimizations Toward Training Trillion Parameter Models", SC 2020, section 3 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from dreambooth.backbones import Backbone, Conditioning
+
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device, by part, and the bytes that offloading moves to the host for each worker."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer_states: int
+    activations: int
+    offloaded: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimizer_states + self.activations
+
+
+def plan_memory(
+    backbone: Backbone,
+    *,
+    trained: Sequence[str],
+    rows: int,
+    resolution: int,
+    precision: str,
+    zero_stage: int,
+    workers: int,
+    offload: str,
+    gradient_checkpointing: bool,
+) -> MemoryPlan:
+    """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
+
+    ZeRO 1 divides the optimizer states (float32 masters and AdamW's two moments) by the number of workers, 2 the
+    gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the host, and under 3 the
+    weights.
+    """
+    networks = {name: backbone.empty(name).to(_dtype(precision)) for name in trained}
+    if gradient_checkpointing:
+        for network in networks.values():
+            enable_gradient_checkpointing(network)
+    parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+    divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
+    weights = parameters * _BYTES[precision] // divisor[3]
+    gradients = parameters * _BYTES[precision] // divisor[2]
+    # Plain float32 training needs no second copy of the weights; every ZeRO stage and bf16 keep float32 masters.
+    masters = 0 if precision == "fp32" and zero_stage == 0 else 4
+    states = parameters * (masters + 8) // divisor[1]
+    offloaded = 0
+    if offload == "cpu":
+        offloaded = states + gradients + (weights if zero_stage == 3 else 0)
+        weights, gradients, states = (0 if zero_stage == 3 else weights), 0, 0
+    activations = activation_bytes(backbone, networks, rows, resolution, _dtype(precision))
+    return MemoryPlan(parameters, weights, gradients, states, activations, offloaded)
+
+
+def enable_gradient_checkpointing(network: Any) -> None:
+    """Recompute the network's blocks in the backward pass; diffusers and transformers name the switch differently."""
+    if hasattr(network, "enable_gradient_checkpointing"):
+        network.enable_gradient_checkpointing()
+    else:
+        network.gradient_checkpointing_enable()
+    network.train()  # both libraries checkpoint in training mode only
+
+
+def activation_bytes(
+    backbone: Backbone, networks: dict[str, nn.Module], rows: int, resolution: int, dtype: torch.dtype
+) -> int:
+    """Bytes that autograd keeps for the backward pass of one forward pass over `rows` images."""
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor keeps its storage's address from being reused
+        return tensor
+
+    encoders = {name: networks.get(name) or backbone.empty(name) for name in backbone.text_encoders}
+    ids = {name: value.to("meta") for name, value in backbone.tokenize([""] * rows).items()}
+    with _fused_attention(), saved_tensors_hooks(keep, lambda tensor: tensor), torch.device("meta"):
+        with torch.set_grad_enabled(any(name in networks for name in backbone.text_encoders)):
+            conditioning: Conditioning = backbone.encode_text(encoders, ids)
+        size = (resolution, resolution)
+        for name, value in backbone.size_conditioning(size, (0, 0), size).items():
+            conditioning[name] = value.to("meta").expand(rows, *value.shape)
+        conditioning = {name: value.to(dtype) for name, value in conditioning.items()}
+        latents = torch.empty(rows, *backbone.latent_shape(resolution), dtype=dtype)
+        backbone.predict(networks[backbone.denoiser], latents, torch.empty(rows, dtype=torch.long), conditioning)
+    weights = {p.untyped_storage()._cdata for network in networks.values() for p in network.parameters()}
+    return sum(size for address, (size, _) in kept.items() if address not in weights)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what fused kernels keep: queries, keys, values and the output, not the attention matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Let the meta device count attention as the fused kernels of CPU and GPU do; its own is the plain formula."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _FusedAttention.apply(query, key, value)
+
+    plain = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

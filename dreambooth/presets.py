@@ -1,0 +1,39 @@
+"""Starting points, one line a backbone; every value can be set by hand.
+
+Steps, learning rates and image counts: Stable Diffusion from Ruiz et al. (lr 5e-6, about 1000 iterations) and
+diffusers' DreamBooth guide (400-800 steps, 200 class images, 2e-6 with the text encoder); SDXL from practitioners'
+full fine-tunes (4e-7 to 2e-6, text encoders frozen), for which nobody
+publishes a tuned recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dreambooth.backbones import Backbone
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Defaults of a backbone: optimizer steps, learning rates, and how images are drawn."""
+
+    steps: int
+    learning_rate: float
+    learning_rate_with_text_encoder: float
+    batch: int
+    prior_images: int
+    sampler_steps: int
+    guidance: float
+
+
+PRESETS: dict[str, Preset] = {
+    #                          steps  lr    lr with text encoder  batch  prior images  sampler steps  guidance
+    "embedded":         Preset(150,   1e-4, 2e-5,                 4,     64,           20,            5.0),
+    "stable-diffusion": Preset(800,   5e-6, 2e-6,                 2,     200,          50,            7.5),
+    "sdxl":             Preset(800,   1e-6, 5e-7,                 4,     200,          40,            5.0),
+}  # fmt: skip
+
+
+def preset_of(backbone: Backbone) -> Preset:
+    """The preset of the embedded backbone, or else of the backbone's family."""
+    return PRESETS["embedded" if backbone.source == "embedded" else backbone.family]

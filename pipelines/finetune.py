@@ -1,0 +1,326 @@
+"""Fine-tuning with Ray Train and DeepSpeed ZeRO: a training set in, checkpoints of whole float32 tensors out.
+
+A checkpoint is a folder of safetensors files, one a rank, and a small JSON file. The last one of a run holds the
+parameters alone: it is the result, from which `publish` takes the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+
+from dreambooth.backbones import Backbone, Conditioning
+from dreambooth.diffusion import PriorPreservationLoss, prior_preservation_loss
+from dreambooth.memory import enable_gradient_checkpointing
+from dreambooth.storage import Location
+from dreambooth.store import SubjectStore
+from dreambooth.streams import integer, normal, shuffled
+from pipelines import training_set
+from pipelines.console import Display, Stage
+from pipelines.plan import Run
+
+_FLUSH_EVERY = 5
+_RETRIES = 2
+
+
+class Trainable(nn.Module):
+    """All networks that are trained, as one module for one engine."""
+
+    def __init__(self, backbone: Backbone, networks: dict[str, nn.Module]) -> None:
+        """Hold `networks` by component name."""
+        super().__init__()
+        self.backbone = backbone
+        self.networks = nn.ModuleDict(networks)
+
+    def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, ids: dict[str, Tensor]) -> Tensor:
+        """The denoiser's prediction; prompts are embeddings, or token ids (B, length) for trained text encoders."""
+        if ids:
+            encoders = {name: self.networks[name] for name in self.backbone.text_encoders}
+            conditioning = conditioning | self.backbone.encode_text(encoders, ids)
+        # The engine holds bf16 weights; positions in time stay exact, everything continuous takes the weights' type.
+        dtype = z_t.dtype
+        conditioning = {name: value.to(dtype) for name, value in conditioning.items()}
+        return self.backbone.predict(self.networks[self.backbone.denoiser], z_t, t, conditioning)
+
+
+class Batches:
+    """The training rows of a step, drawn by streams keyed by (seed, subject, half, step, global sample index)."""
+
+    def __init__(self, run: Run, backbone: Backbone, path: Path) -> None:
+        """Open the training set; tensors are read as they are needed."""
+        self._run, self._backbone = run, backbone
+        self._file = safe_open(path, "pt")
+        names = list(self._file.keys())
+        self._text = {name.removeprefix("text."): self._whole(name) for name in names if name.startswith("text.")}
+        self._ids = {name.removeprefix("ids."): self._whole(name) for name in names if name.startswith("ids.")}
+        self._halves = [half for half in training_set.HALVES if f"{half}.mean" in names]
+        self._rows = {
+            half: {name.removeprefix(f"{half}."): self._file.get_slice(name) for name in names if name.startswith(half)}
+            for half in self._halves
+        }
+
+    def _whole(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def rows(self, step: int, samples: range) -> dict[str, Any]:
+        """CPU tensors for the global samples `samples` of a step: the instances first, then as many class-prior rows.
+
+        Latents x and noise epsilon are (2m, C, h, w), times t (2m,), conditioning (2m, ...).
+        """
+        drawn = [self._row(half, step, sample) for half in self._halves for sample in samples]
+        prompts = torch.tensor([self._halves.index(half) for half in self._halves for _ in samples])
+        names = drawn[0]["sizes"].keys()
+        sizes = {name: torch.stack([row["sizes"][name] for row in drawn]) for name in names}
+        return {
+            "x": self._backbone.scale_latents(torch.stack([row["x"] for row in drawn])),
+            "epsilon": torch.stack([row["epsilon"] for row in drawn]),
+            "t": torch.tensor([row["t"] for row in drawn]),
+            "conditioning": sizes | {name: value[prompts] for name, value in self._text.items()},
+            "ids": {name: value[prompts] for name, value in self._ids.items()},
+            "instances": len(samples),
+        }
+
+    def _row(self, half: str, step: int, sample: int) -> dict[str, Any]:
+        run, columns = self._run, self._rows[half]
+        base = (run.seed, run.subject, half)
+        count = columns["mean"].get_shape()[0]
+        index = shuffled(step * run.training.batch + sample, count, *base, "order")
+        mean, log_variance = columns["mean"][index], columns["log_variance"][index]
+        latent_noise = normal(mean.shape, *base, "latent", step, sample)
+        return {
+            "x": mean + (0.5 * log_variance).exp() * latent_noise,
+            "epsilon": normal(mean.shape, *base, "epsilon", step, sample),
+            "t": integer(self._backbone.schedule.steps, *base, "t", step, sample),
+            "sizes": {name: column[index] for name, column in columns.items() if name not in ("mean", "log_variance")},
+        }
+
+
+def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -> PriorPreservationLoss:
+    """Eq. 2 of one micro-batch."""
+    device = engine.device
+    x, epsilon, t = rows["x"].to(device), rows["epsilon"].to(device), rows["t"].to(device)
+    schedule = backbone.schedule
+    z_t = schedule.add_noise(x, epsilon, t)
+    dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
+    conditioning = {name: value.to(device) for name, value in rows["conditioning"].items()}
+    ids = {name: value.to(device) for name, value in rows["ids"].items()}
+    prediction = engine(z_t.to(dtype), t, conditioning, ids)
+    weight = schedule.weight(t, run.training.min_snr_gamma)
+    target = schedule.target(x, epsilon, t)
+    return prior_preservation_loss(prediction, target, weight, rows["instances"], run.training.prior_weight)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What one rank of the lane does: load the backbone, resume, train to the last step, checkpoint."""
+    from pipelines.console import quiet_libraries
+    from pipelines.zero import full_state, restore, start_engine
+
+    quiet_libraries()
+    run: Run = config["run"]
+    store = SubjectStore(config["store"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(run.lane.cpus_per_worker)
+
+    backbone = store.open_backbone(run.backbone)
+    networks = {name: backbone.load(name) for name in run.training.trained}
+    if run.training.gradient_checkpointing:
+        for network in networks.values():
+            enable_gradient_checkpointing(network)
+    module = Trainable(backbone, networks)
+    step = 0
+    state: dict[str, Tensor] = {}
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as folder:
+            step, state = read_checkpoint(Path(folder))
+        module.load_state_dict({name: state[f"param.{name}"] for name, _ in module.named_parameters()}, strict=False)
+        if step == run.training.steps:
+            return
+    engine = start_engine(module, run.training, run.lane)
+    if state:
+        restore(engine, state, step)
+        del state
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "training_set.safetensors"
+        path.write_bytes(training_set.location_of(store, run).read_bytes())
+        batches = Batches(run, backbone, path)
+        pending: list[Tensor] = []
+        micro_batch = run.training.batch // (world * run.training.gradient_accumulation)
+        while step < run.training.steps:
+            terms = torch.zeros(2, device=engine.device)
+            for micro_step in range(run.training.gradient_accumulation):
+                start = (micro_step * world + rank) * micro_batch
+                loss = step_loss(engine, run, backbone, batches.rows(step, range(start, start + micro_batch)))
+                engine.backward(loss.total)
+                engine.step()
+                terms += torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
+            pending.append(terms / run.training.gradient_accumulation)
+            step += 1
+            due = step % config["checkpoint_every"] == 0 or step == run.training.steps
+            if due or len(pending) == _FLUSH_EVERY:
+                _flush(pending, step, config["losses"] if rank == 0 else None, run)
+            if due:
+                final = step == run.training.steps
+                with tempfile.TemporaryDirectory() as saved:
+                    write_checkpoint(Path(saved), full_state(engine, with_moments=not final), step, rank, world)
+                    ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(saved))
+
+
+def _detached(term: Tensor | None, device: torch.device) -> Tensor:
+    return torch.zeros((), device=device) if term is None else term.detach()
+
+
+def _flush(pending: list[Tensor], step: int, losses: Any | None, run: Run) -> None:
+    """Average the last steps' losses over the ranks, check them, hand them on; the one host synchronization."""
+    averaged = torch.stack(pending)
+    dist.all_reduce(averaged)
+    rows = (averaged / dist.get_world_size()).tolist()
+    first = step - len(rows) + 1
+    pending.clear()
+    for number, (instance, prior) in enumerate(rows, start=first):
+        if not (math.isfinite(instance) and math.isfinite(prior)):
+            raise ArithmeticError(
+                f"the loss of subject {run.subject!r} is not finite at step {number}: instance term {instance}, prior "
+                f"term {prior}; the last checkpoint is kept. Lower --learning-rate, or use --precision fp32"
+            )
+    if losses is not None:
+        losses.add.remote(first, rows)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, state: Any, step: int, rank: int, world: int) -> None:
+    """Write this rank's share of the state, every `world`-th tensor; a collective, as `state` is."""
+    share = {}
+    for number, (name, value) in enumerate(state):
+        if number % world == rank:
+            share[name] = value.detach().cpu().clone()
+    save_file(share, folder / f"state-{rank:05d}-of-{world:05d}.safetensors")
+    if rank == 0:
+        (folder / "checkpoint.json").write_text(json.dumps({"step": step, "files": world}))
+
+
+def read_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]]:
+    """The step and the whole state of a checkpoint, on the CPU."""
+    meta = json.loads((folder / "checkpoint.json").read_text())
+    state: dict[str, Tensor] = {}
+    for rank in range(meta["files"]):
+        with safe_open(folder / f"state-{rank:05d}-of-{meta['files']:05d}.safetensors", "pt") as file:
+            state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return meta["step"], state
+
+
+class LossLog:
+    """An actor that holds the losses of finished steps until the driver takes them."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._points: list[tuple[int, float, float]] = []
+
+    def add(self, first: int, rows: list[list[float]]) -> None:
+        """Add the (instance, prior) losses of consecutive steps from `first` on."""
+        self._points += [(step, *row) for step, row in enumerate(rows, start=first)]  # type: ignore[misc]
+
+    def take(self) -> list[tuple[int, float, float]]:
+        """The (step, instance, prior) points that came since the last call."""
+        points, self._points = self._points, []
+        return points
+
+
+# -- the driver's side -------------------------------------------------------------------------------------------------
+
+
+def result_of(store: SubjectStore, run: Run) -> Location:
+    """Where the run notes its last checkpoint once it is trained."""
+    return store.root / "runs" / run.key / "trained.json"
+
+
+def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Display) -> Location:
+    """Train a run to its last step, from its last checkpoint if it was killed; returns the final checkpoint."""
+    marker = result_of(store, run)
+    if marker.exists():
+        with display.stage("fine-tune", run.training.steps, "steps", done=run.training.steps):
+            return marker.parent / marker.read_json()["checkpoint"]
+    folder = marker.parent
+    losses = ray.remote(LossLog).options(num_cpus=0).remote()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "run": run,
+            "store": store.root.uri,
+            "losses": losses,
+            "checkpoint_every": checkpoint_every,
+        },
+        torch_config=TorchConfig(backend="nccl" if run.lane.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=run.lane.workers,
+            use_gpu=run.lane.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": run.lane.cpus_per_worker,
+                **({"GPU": run.lane.gpus_per_worker} if run.lane.gpus_per_worker else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name="finetune",
+            storage_path=folder.path,
+            storage_filesystem=folder.filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=_RETRIES),
+        ),
+    )
+    with display.stage("fine-tune", run.training.steps, "steps") as stage, _watching(losses, stage, folder):
+        result = trainer.fit()
+    checkpoint = folder / "finetune" / Path(result.checkpoint.path).name
+    marker.write_json({"checkpoint": f"finetune/{checkpoint.name}"})
+    return checkpoint
+
+
+@contextmanager
+def _watching(losses: Any, stage: Stage, folder: Location) -> Iterator[None]:
+    """Show the losses and write them as TensorBoard events beside the run, while the block trains."""
+    done = threading.Event()
+    events = Path(tempfile.mkdtemp(prefix="tensorboard-"))
+    writer = SummaryWriter(str(events), write_to_disk=True)
+
+    def take() -> None:
+        for step, instance, prior in ray.get(losses.take.remote()):
+            writer.add_scalar("loss/instance", instance, step)
+            writer.add_scalar("loss/prior", prior, step)
+            stage.reach(step, note=f"loss: instance {instance:.4f}, prior {prior:.4f}")
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            take()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        take()
+        writer.close()
+        (folder / "tensorboard").upload(events)
+        shutil.rmtree(events)

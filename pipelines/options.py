@@ -1,0 +1,204 @@
+"""The options of `personalize.py`: typed, grouped, from the command line or a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+
+@dataclass(frozen=True)
+class SubjectOptions:
+    """What to learn. Without any of these, the sample subject that comes with the project."""
+
+    subject: str | None = None
+    """Name of the subject in the store: lower-case letters, digits, '-' and '_'. By default from the images' folder."""
+    images: tuple[str, ...] = ()
+    """Instance images: a folder, glob, file or URI, or several of them. 3-5 photos are usual."""
+    class_noun: str | None = None
+    """What the subject is, for example "dog"."""
+    identifier: str | None = None
+    """The rare token(s) [V] that will name the subject. By default found by the paper's rule."""
+    manifest: str | None = None
+    """Many subjects: a YAML file, or a folder with one folder a subject. Takes the place of the four options above."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model to start from."""
+
+    backbone: str = "embedded"
+    """"embedded", a folder written by diffusers' save_pretrained, or a hub id (Stable Diffusion 1.x/2.x, SDXL)."""
+    resolution: int | None = None
+    """Side of the square training images, in pixels. By default the backbone's own."""
+    train_text_encoder: bool = False
+    """Train the text encoder(s) too."""
+
+
+@dataclass(frozen=True)
+class PriorOptions:
+    """Class-prior images and the prior-preservation loss."""
+
+    prior_weight: float = 1.0
+    """Weight lambda of the prior-preservation term; 0 trains without it."""
+    prior_images: int | None = None
+    """Class-prior images. By default the backbone's preset."""
+    prior_steps: int | None = None
+    """Sampler steps an image. By default the backbone's preset."""
+    prior_guidance: float | None = None
+    """Guidance scale. By default the backbone's preset."""
+    prior_batch: int = 8
+    """Images drawn at once; part of what determines an image, down to rounding."""
+    prior_scheduler: str = "EulerAncestralDiscreteScheduler"
+    """diffusers scheduler class; the default is ancestral, as in the paper."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Fine-tuning."""
+
+    steps: int | None = None
+    """Optimizer steps. By default the backbone's preset."""
+    learning_rate: float | None = None
+    """AdamW's learning rate, constant. By default the backbone's preset."""
+    batch: int | None = None
+    """Instance images a step over all workers; as many class-prior images come on top. By default the preset."""
+    gradient_accumulation: int = 1
+    """Forward and backward passes a step and worker; the batch is divided among them."""
+    min_snr_gamma: float | None = None
+    """Weight timesteps by min-SNR with this gamma (5 is usual). By default all weigh 1."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this; 0 does not clip."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """bf16 keeps float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, from which a killed run goes on."""
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Workers and memory."""
+
+    workers: int | None = None
+    """Training workers. By default one a local GPU, or else 2 on the CPU."""
+    cpus_per_worker: int = 1
+    """CPU cores of a worker; on the CPU also its threads."""
+    gpus_per_worker: float | None = None
+    """GPUs of a worker. By default 1 where this machine has a GPU, else 0; set it when only the cluster does."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too."""
+    offload: Literal["none", "cpu"] = "none"
+    """Keep optimizer states (and under stage 3 the weights) in host memory."""
+    device_memory: float | None = None
+    """GiB of memory of one device, for the plan. By default this machine's own."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Samples of the finished model."""
+
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts with {subject} for "[V] [class noun]". By default six of the paper's kind."""
+    sample_steps: int | None = None
+    """Sampler steps. By default the backbone's preset."""
+    sample_guidance: float | None = None
+    """Guidance scale. By default the backbone's preset."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run."""
+
+    store: str = "~/dreambooth-store"
+    """Subject store: a folder, or a URI such as s3://bucket/store. Every node of a cluster must reach it."""
+    seed: int = 0
+    """All noise, timesteps and orders follow from it."""
+    dry_run: bool = False
+    """Check all input, print the plan, and stop."""
+    verbose: bool = False
+    """Show the logs of Ray, DeepSpeed and the workers here too."""
+    config: str | None = None
+    """YAML file of these options (`learning_rate: 5e-6`); the command line wins."""
+
+
+Flat = tyro.conf.OmitArgPrefixes
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of the main job."""
+
+    subject: Annotated[SubjectOptions, Flat] = field(default_factory=SubjectOptions)
+    model: Annotated[ModelOptions, Flat] = field(default_factory=ModelOptions)
+    prior: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
+    training: Annotated[TrainingOptions, Flat] = field(default_factory=TrainingOptions)
+    cluster: Annotated[ClusterOptions, Flat] = field(default_factory=ClusterOptions)
+    samples: Annotated[SampleOptions, Flat] = field(default_factory=SampleOptions)
+    run: Annotated[RunOptions, Flat] = field(default_factory=RunOptions)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All options as one flat mapping, as a YAML file holds them."""
+        return {name: value for group in asdict(self).values() for name, value in group.items()}
+
+
+def parse(arguments: Sequence[str], description: str) -> Options:
+    """Options from command-line arguments; prints help or the error and exits (0 or 2) as argparse does."""
+    try:
+        from_file = list(_config_arguments(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return tyro.cli(
+        Options,
+        args=[*from_file, *arguments],
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _config_arguments(arguments: Sequence[str]) -> Iterator[str]:
+    """The options of the file that `--config` names, in command-line form, so that both are read by one parser."""
+    path = _config_path(arguments)
+    if path is None:
+        return
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected a mapping of options to values, found {type(content).__name__}")
+    known = {option.name for group in fields(Options) for option in fields(group.default_factory)}  # type: ignore[arg-type]
+    known.remove("config")
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+            raise ValueError(f"--config {path}: unknown key {key!r}; the nearest valid one is {nearest!r}")
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            yield flag if value else flag.replace("--", "--no-", 1)
+        elif isinstance(value, list):
+            yield flag
+            yield from map(str, value)
+        else:
+            yield flag
+            yield str(value)
+
+
+def _config_path(arguments: Sequence[str]) -> str | None:
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+        if argument == "--config" and position + 1 < len(arguments):
+            return arguments[position + 1]
+    return None

@@ -1,0 +1,127 @@
+"""Personalize a text-to-image model: 3-5 photos of a subject in, a published model out.
+
+Runs on a Ray cluster (`ray job submit --working-dir . -- python pipelines/personalize.py ...`), or starts Ray on this
+machine. Without options it personalizes the sample subject on the embedded backbone. Killed and run again, the same
+command goes on where it was. Exit codes: 0 all published, 1 a subject failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+from pipelines.console import Display, quiet_libraries
+
+quiet_libraries()
+
+import sys  # noqa: E402
+import traceback  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+from dreambooth.store import SubjectStore, Version  # noqa: E402
+from pipelines.options import Options, parse  # noqa: E402
+from pipelines.plan import Plan, PlannedSubject, describe, make_plan  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one subject: its version, or the reason that there is none."""
+
+    subject: str
+    version: Version | None
+    failure: str | None = None
+
+
+def personalize(options: Options, display: Display | None = None) -> list[Outcome]:
+    """Personalize the subjects that `options` name; raises ValueError for bad input before any work is done.
+
+    In a manifest a subject that fails leaves the others alone; every subject has an outcome, in the manifest's order.
+    """
+    with display or Display() as shown:
+        return run_plan(make_plan(options), shown)
+
+
+def run_plan(plan: Plan, display: Display) -> list[Outcome]:
+    """Carry out a plan."""
+    outcomes = {name: Outcome(name, None, reason) for name, reason in plan.failures.items()}
+    for planned in plan.subjects:
+        if (version := plan.store.version(planned.run.subject, planned.run.version)) is not None:
+            display.say(f"{planned.run.subject}@{version.id} is published already: nothing to do")
+            outcomes[planned.run.subject] = Outcome(planned.run.subject, version)
+    waiting = [planned for planned in plan.subjects if planned.run.subject not in outcomes]
+    if waiting:
+        outcomes |= {outcome.subject: outcome for outcome in _train_and_publish(plan, waiting, display)}
+    return [outcomes[name] for name in plan.order]
+
+
+def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: Display) -> list[Outcome]:
+    from pipelines.finetune import finetune
+    from pipelines.priors import generate_priors
+    from pipelines.publish import publish
+    from pipelines.session import check_reachable, ray_session
+    from pipelines.training_set import encode_training_sets
+
+    store, lane = plan.store, waiting[0].run.lane
+    outcomes = []
+    with ray_session(lane, plan.options.run.verbose) as line:
+        display.say(line)
+        check_reachable(store)
+        store.add_backbone(plan.backbone)
+        for planned in waiting:
+            store.claim_identifier(planned.run.subject, planned.run.identifier)
+        wanted = [(one.run.prior, one.run.training.prior_images) for one in waiting if one.run.prior is not None]
+        generate_priors(store, wanted, lane, display)
+        encode_training_sets(store, waiting, lane, display)
+        for planned in waiting:
+            run = planned.run
+            display.say(f"{run.subject}: {run.instance_prompt!r}, version {run.version}")
+            try:
+                checkpoint = finetune(store, run, plan.options.training.checkpoint_every, display)
+                version = publish(store, planned, checkpoint, display)
+            except Exception as error:  # whatever it is, it must not take the other subjects down
+                traceback.print_exc()
+                outcomes.append(Outcome(run.subject, None, f"{_reason(error)} (traceback in the log)"))
+            else:
+                (store.root / "runs" / run.key / "finetune").delete()
+                outcomes.append(Outcome(run.subject, version))
+    return outcomes
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which is what the user can act on; Ray wraps it in its own kinds."""
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
+def _report(outcomes: Sequence[Outcome], store: SubjectStore, display: Display) -> int:
+    for outcome in outcomes:
+        if outcome.version is None:
+            display.say(f"{outcome.subject} FAILED: {outcome.failure}")
+            continue
+        version = outcome.version
+        display.say(f"{outcome.subject}@{version.id} is published")
+        display.say(f"  version        {version.location}")
+        display.say(f"  contact sheet  {version.location / 'contact_sheet.png'}")
+        display.say(f"  serve it       serve run serve.app:app store={store.root}")
+    failed = [outcome.subject for outcome in outcomes if outcome.version is None]
+    display.say(f"{len(outcomes) - len(failed)} published, {len(failed)} failed" + "".join(f"  {n}" for n in failed))
+    return 1 if failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    options = parse(sys.argv[1:] if arguments is None else arguments, description=__doc__ or "")
+    display = Display()
+    try:
+        plan = make_plan(options)
+        if options.run.dry_run:
+            for line in describe(plan):
+                display.say(line)
+            return 1 if plan.failures else 0
+        with display:
+            outcomes = run_plan(plan, display)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return _report(outcomes, plan.store, display)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

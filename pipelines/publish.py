@@ -1,0 +1,122 @@
+"""From a final checkpoint to a published version: weights in diffusers' layout, samples, contact sheet, lineage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor, nn
+
+from dreambooth.backbones import Backbone
+from dreambooth.contact_sheet import Row, contact_sheet
+from dreambooth.prior_set import PriorSet
+from dreambooth.sampling import DTYPES, load_pipeline, sample
+from dreambooth.storage import Location
+from dreambooth.store import SubjectStore, Version
+from dreambooth.subject import Subject, read_image
+from pipelines.console import Display, Stage
+from pipelines.finetune import read_checkpoint
+from pipelines.plan import PlannedSubject, Run
+
+_PRIORS_SHOWN = 6
+
+
+def publish(store: SubjectStore, planned: PlannedSubject, checkpoint: Location, display: Display) -> Version:
+    """Draw the sample prompts with the trained weights and publish everything as the run's version."""
+    run = planned.run
+    device = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}
+    with display.stage("sample", len(run.sample_prompts), "images") as stage:
+        sampler = ray.remote(_Publisher).options(**device).remote(store.root.uri, run, checkpoint)
+        return _publish(sampler, planned, stage)
+
+
+def _publish(publisher: Any, planned: PlannedSubject, stage: Stage) -> Version:
+    for number, prompt in enumerate(planned.run.sample_prompts):
+        ray.get(publisher.draw.remote(number))
+        stage.advance(note=prompt)
+    version = ray.get(publisher.publish.remote(planned.subject))
+    ray.kill(publisher)
+    return version
+
+
+class _Publisher:
+    """An actor on a worker's resources: it holds the trained pipeline, draws, and publishes."""
+
+    def __init__(self, store_uri: str, run: Run, checkpoint: Location) -> None:
+        self._store, self._run = SubjectStore(store_uri), run
+        self._backbone = self._store.open_backbone(run.backbone)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.download(Path(folder))
+            _, state = read_checkpoint(Path(folder))
+        dtype = DTYPES[run.training.precision]
+        self._networks = {name: trained_network(self._backbone, name, state, dtype) for name in run.training.trained}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._pipeline = load_pipeline(self._backbone, run.samples, device, self._networks)
+        self._samples: list[Any] = []
+
+    def draw(self, number: int) -> None:
+        """Draw sample `number`; its seed is the run's seed plus its number."""
+        run = self._run
+        self._samples += sample(self._pipeline, [run.sample_prompts[number]], [run.seed + number], run.samples)
+
+    def publish(self, subject: Subject) -> Version:
+        """Write weights, samples and contact sheet, and publish them."""
+        run = self._run
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for component, network in self._networks.items():
+                network.cpu().save_pretrained(folder / component, safe_serialization=True)  # type: ignore[operator]
+            (folder / "samples").mkdir()
+            for number, image in enumerate(self._samples):
+                image.save(folder / "samples" / f"{number:02d}.png")
+            sheet = make_contact_sheet(self._store, subject, run, self._samples)
+            sheet.save(folder / "contact_sheet.png")
+            return self._store.publish(run.subject, run.version, folder, lineage(run, self._backbone), self._networks)
+
+
+def trained_network(backbone: Backbone, component: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A network of the backbone with the parameters of a checkpoint's state, on the CPU in `dtype`."""
+    network = backbone.load(component)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(state[f"param.networks.{component}.{name}"])
+    return network.to(dtype)
+
+
+def lineage(run: Run, backbone: Backbone) -> dict[str, Any]:
+    """What a version's manifest says of where it comes from."""
+    return {
+        "class_noun": run.class_noun,
+        "identifier": run.identifier,
+        "token_ids": list(run.token_ids),
+        "instance_prompt": run.instance_prompt,
+        "backbone": {"family": backbone.family, "hash": run.backbone},
+        "prior_set": run.prior.key if run.prior else None,
+        "instance_images": [{"name": name, "sha256": sha256} for name, sha256 in run.images],
+        "samples": [
+            {"file": f"samples/{number:02d}.png", "prompt": prompt, "seed": run.seed + number}
+            for number, prompt in enumerate(run.sample_prompts)
+        ],
+        "run": json.loads(json.dumps(dataclasses.asdict(run))),
+    }
+
+
+def make_contact_sheet(store: SubjectStore, subject: Subject, run: Run, samples: list[Any]) -> Any:
+    """Instance photos, class-prior images, and samples over their prompts, as one picture."""
+    rows = [Row(f"Instance images: {run.instance_prompt}", [image.pixels() for image in subject.images])]
+    if run.prior is not None:
+        rows.append(Row(f"Class-prior images: {run.class_prompt}", prior_images(store, run.prior, run)))
+    rows.append(Row(f"Samples, seed {run.seed} and up", samples, run.sample_prompts))
+    return contact_sheet(f"{run.subject}@{run.version}", rows)
+
+
+def prior_images(store: SubjectStore, prior: PriorSet, run: Run) -> list[Any]:
+    """The first few images of the run's class-prior set."""
+    count = min(_PRIORS_SHOWN, run.training.prior_images)
+    return [read_image(row["png"], row["id"]) for row in prior.rows(store.root, count, ["id", "png"])]

@@ -1,0 +1,129 @@
+"""The training set of a run: latents and text of the instance and class-prior images, encoded once.
+
+The autoencoder is always frozen, so train workers get latents and never load it. The text encoders are frozen unless
+they are trained: then the workers get token ids instead of embeddings.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.data import ActorPoolStrategy
+from safetensors.torch import save_file
+
+from dreambooth.backbones import Backbone
+from dreambooth.prior_set import latent
+from dreambooth.sampling import to_pixels
+from dreambooth.storage import Location
+from dreambooth.store import SubjectStore
+from dreambooth.subject import Subject, square_crop
+from pipelines.console import Display
+from pipelines.plan import Lane, PlannedSubject, Run
+
+HALVES = ("instance", "prior")
+
+
+def location_of(store: SubjectStore, run: Run) -> Location:
+    """Where the run's training set is: a safetensors file.
+
+    `instance.mean`, `instance.log_variance` (n, C, h, w); `prior.*` likewise; `instance.time_ids` and such (n, ...);
+    `text.NAME` (2, ...) or `ids.NAME` (2, length), whose rows are the instance prompt and the class prompt.
+    """
+    return store.root / "runs" / run.key / "training_set.safetensors"
+
+
+def encode_training_sets(store: SubjectStore, planned: Sequence[PlannedSubject], lane: Lane, display: Display) -> None:
+    """Make the training sets that are not in the store yet, one row of a Dataset a subject."""
+    missing = [one for one in planned if not location_of(store, one.run).exists()]
+    with display.stage("encode", len(planned), "subjects", done=len(planned) - len(missing)) as stage:
+        if not missing:
+            return
+        done = ray.data.from_items(
+            [{"planned": pickle.dumps(one)} for one in missing], override_num_blocks=len(missing)
+        ).map(
+            TrainingSetEncoder,
+            fn_constructor_args=(store.root.uri,),
+            compute=ActorPoolStrategy(size=min(lane.workers, len(missing))),
+            num_cpus=lane.cpus_per_worker,
+            num_gpus=lane.gpus_per_worker or None,
+        )
+        for row in done.iter_rows():
+            stage.advance(note=row["subject"])
+
+
+class TrainingSetEncoder:
+    """A Ray Data actor that encodes subjects; it loads the encoders of a backbone once."""
+
+    def __init__(self, store_uri: str) -> None:
+        """Load nothing until the first row says what is needed."""
+        self._store = SubjectStore(store_uri)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._networks: dict[str, Any] = {}
+        self._backbone: Backbone | None = None
+
+    def _network(self, name: str) -> Any:
+        assert self._backbone is not None
+        if name not in self._networks:
+            self._networks[name] = self._backbone.load(name).to(self._device)
+        return self._networks[name]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encode the subject of `row` and write its training set."""
+        planned: PlannedSubject = pickle.loads(row["planned"])
+        run = planned.run
+        if self._backbone is None or self._backbone.hash != run.backbone:
+            self._backbone, self._networks = self._store.open_backbone(run.backbone), {}
+        if self._device.type == "cpu":
+            torch.set_num_threads(run.lane.cpus_per_worker)
+        tensors = self._text(run) | self._instances(planned.subject, run) | self._priors(run)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "training_set.safetensors"
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
+            location_of(self._store, run).upload_file(path)
+        return {"subject": run.subject}
+
+    @torch.no_grad()
+    def _text(self, run: Run) -> dict[str, torch.Tensor]:
+        assert self._backbone is not None
+        ids = self._backbone.tokenize([run.instance_prompt, run.class_prompt])
+        if any(name in run.training.trained for name in self._backbone.text_encoders):
+            return {f"ids.{name}": value for name, value in ids.items()}
+        encoders = {name: self._network(name) for name in self._backbone.text_encoders}
+        text = self._backbone.encode_text(encoders, {name: value.to(self._device) for name, value in ids.items()})
+        return {f"text.{name}": value for name, value in text.items()}
+
+    def _instances(self, subject: Subject, run: Run) -> dict[str, torch.Tensor]:
+        assert self._backbone is not None
+        resolution = run.training.resolution
+        rows: dict[str, list[torch.Tensor]] = {}
+        for image in subject.images:
+            square, original_size, crop = square_crop(image.pixels(), resolution)
+            mean, log_variance = self._backbone.encode_images(
+                self._network("vae"), to_pixels([square]).to(self._device)
+            )
+            sizes = self._backbone.size_conditioning(original_size, crop, (resolution, resolution))
+            for name, value in {"mean": mean[0], "log_variance": log_variance[0], **sizes}.items():
+                rows.setdefault(f"instance.{name}", []).append(value.cpu())
+        return {name: torch.stack(values) for name, values in rows.items()}
+
+    def _priors(self, run: Run) -> dict[str, torch.Tensor]:
+        assert self._backbone is not None
+        if run.prior is None:
+            return {}
+        columns = ["latent_shape", "latent_mean", "latent_log_variance"]
+        rows = list(run.prior.rows(self._store.root, run.training.prior_images, columns))
+        tensors = {
+            f"prior.{name}": torch.from_numpy(np.stack([latent(row, f"latent_{name}") for row in rows]))
+            for name in ("mean", "log_variance")
+        }
+        size = (run.training.resolution, run.training.resolution)
+        for name, value in self._backbone.size_conditioning(size, (0, 0), size).items():
+            tensors[f"prior.{name}"] = value.expand(len(rows), *value.shape)
+        return tensors

@@ -1,0 +1,111 @@
+"""DeepSpeed's engine, and its sharded state in a form that belongs to no ZeRO stage.
+
+`full_state` and `restore` speak of whole float32 parameters and AdamW moments by name. What they exchange is plain
+tensors in safetensors files: no pickle, and nothing of how the state was sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from pipelines.plan import Lane, Training
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, besides the step."""
+
+
+def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
+    """DeepSpeed's configuration. Clipping belongs here: done before the engine's step it would see shards."""
+    micro_batch = training.batch // (lane.workers * training.gradient_accumulation)
+    zero: dict[str, Any] = {"stage": lane.zero_stage}
+    if lane.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if lane.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_batch_size": training.batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "gradient_clipping": training.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    if training.precision == "bf16" and training.gradient_accumulation > 1:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def start_engine(module: nn.Module, training: Training, lane: Lane) -> Any:
+    """Wrap `module` (float32, all of it trained) in an engine with AdamW; float32 masters equal its weights now."""
+    masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=lane.offload == "none"
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(training, lane))
+    if training.precision == "bf16":
+        # DeepSpeed makes the masters from weights that it has rounded to bf16 already.
+        for name, parameter in engine.module.named_parameters():
+            safe_set_full_fp32_param(parameter, masters[name].to(engine.device))
+    return engine
+
+
+def full_state(engine: Any, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter (`param.NAME`) and its moments (`exp_avg.NAME`, ...) as whole float32 tensors.
+
+    A collective: every rank must run it to the end. Each tensor is dropped when the next is asked for.
+    """
+    plain = _plain_optimizer(engine)
+    for name, parameter in engine.module.named_parameters():
+        yield f"param.{name}", parameter.detach() if plain else safe_get_full_fp32_param(parameter)
+        for moment in MOMENTS if with_moments else ():
+            whole = plain.state[parameter][moment] if plain else safe_get_full_optimizer_state(parameter, moment)
+            yield f"{moment}.{name}", whole
+
+
+def restore(engine: Any, state: Mapping[str, Tensor], step: int) -> None:
+    """Set AdamW's moments and step from the tensors of `full_state`; the module has its parameters already."""
+    plain = _plain_optimizer(engine)
+    if plain:
+        for name, parameter in engine.module.named_parameters():
+            plain.state[parameter] = {"step": torch.tensor(float(step))} | {
+                moment: state[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
+            }
+        return
+    base = engine.optimizer.optimizer
+    for shard in _shards(engine):
+        base.state[shard] = {"step": torch.tensor(float(step))} | {
+            moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS
+        }
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        for moment in MOMENTS:
+            safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(engine.device), moment)
+    dist.barrier()
+
+
+def _plain_optimizer(engine: Any) -> torch.optim.Optimizer | None:
+    """torch's optimizer where ZeRO stage 0 uses it as it is."""
+    return engine.optimizer if isinstance(engine.optimizer, torch.optim.Optimizer) else None
+
+
+def _shards(engine: Any) -> list[Tensor]:
+    """This rank's flat float32 masters, on which the optimizer works."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(engine.optimizer, name):
+            return list(getattr(engine.optimizer, name))
+    raise AssertionError(f"unknown DeepSpeed optimizer {type(engine.optimizer).__name__}")

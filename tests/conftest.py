@@ -1,0 +1,65 @@
+"""What tests share: quiet libraries, a Ray of their own, small backbones, photos."""
+
+from __future__ import annotations
+
+import os
+
+# A Ray cluster that happens to run on this machine is not the tests' to use.
+os.environ["RAY_ADDRESS"] = "local"
+
+from pipelines.console import quiet_libraries
+
+quiet_libraries()
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import ray  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from tests.small_models import write_sdxl, write_stable_diffusion  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def small_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small SDXL."""
+    return write_sdxl(tmp_path_factory.mktemp("backbones") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def small_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small Stable Diffusion that predicts v."""
+    return write_stable_diffusion(tmp_path_factory.mktemp("backbones") / "sd", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three photo-like images of different shapes."""
+    folder = tmp_path_factory.mktemp("photos") / "mug"
+    folder.mkdir()
+    for number, (height, width) in enumerate([(96, 96), (128, 80), (80, 120)]):
+        rows, columns = np.mgrid[0:height, 0:width]
+        pixels = np.stack([rows * 2 % 256, columns * 2 % 256, (rows + columns + 60 * number) % 256], -1)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray instance for one test module."""
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def dreambench() -> Path:
+    """The folder of real photos; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("DREAMBENCH_DIR", ROOT.parent / "shared" / "dreambench"))
+    if not folder.is_dir():
+        pytest.skip(f"no real photos: {folder} is absent; name their folder in DREAMBENCH_DIR")
+    return folder

@@ -1,0 +1,87 @@
+"""Fine-tuning: the same weights whatever the sharding, the number of workers, and interruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreambooth.store import SubjectStore
+from pipelines.console import Display
+from pipelines.finetune import finetune, read_checkpoint
+from pipelines.options import parse
+from pipelines.plan import Run, make_plan
+from pipelines.priors import generate_priors
+from pipelines.training_set import encode_training_sets, location_of
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    local_ray: None, photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SubjectStore, Run]:
+    """A run on a small SDXL, whose class-prior images and training set are in the store."""
+    arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(small_sdxl), "--steps", "4"]
+    arguments += ["--store", str(tmp_path_factory.mktemp("finetune")), "--prior-images", "4", "--prior-batch", "4"]
+    arguments += ["--prior-steps", "3", "--batch", "4", "--learning-rate", "1e-3", "--workers", "2"]
+    plan = make_plan(parse(arguments, ""))
+    [planned] = plan.subjects
+    assert planned.run.prior is not None
+    plan.store.add_backbone(plan.backbone)
+    generate_priors(plan.store, [(planned.run.prior, 4)], planned.run.lane, Display())
+    encode_training_sets(plan.store, [planned], planned.run.lane, Display())
+    return plan.store, planned.run
+
+
+@pytest.fixture(scope="module")
+def train(prepared: tuple[SubjectStore, Run]) -> Callable[..., State]:
+    """Trains a variant of the prepared run, once; gives the final float32 parameters."""
+    store, base = prepared
+    trained: dict[str, State] = {}
+
+    def train(training: dict[str, Any] | None = None, **lane: Any) -> State:
+        run = replace(base, training=replace(base.training, **(training or {})), lane=replace(base.lane, **lane))
+        if run.key not in trained:
+            location_of(store, run).write_bytes(location_of(store, base).read_bytes())
+            checkpoint = finetune(store, run, checkpoint_every=3, display=Display())
+            assert checkpoint.local is not None
+            step, trained[run.key] = read_checkpoint(checkpoint.local)
+            assert step == run.training.steps
+        return trained[run.key]
+
+    return train
+
+
+def base_parameters(prepared: tuple[SubjectStore, Run]) -> State:
+    store, run = prepared
+    module = store.open_backbone(run.backbone).load("unet")
+    return {f"param.networks.unet.{name}": value.detach() for name, value in module.named_parameters()}
+
+
+def largest_difference(a: State, b: State) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def test_every_parameter_moves(train: Callable[..., State], prepared: tuple[SubjectStore, Run]) -> None:
+    before, after = base_parameters(prepared), train(zero_stage=2)
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_zero_stages_publish_the_same_weights(train: Callable[..., State], zero_stage: int) -> None:
+    # Adam's first steps have size lr whatever the gradient, so rounding in near-zero gradients shows up to this size.
+    assert largest_difference(train(zero_stage=zero_stage), train(zero_stage=2)) < 2e-4
+
+
+def test_one_worker_and_two_with_the_same_global_batch_publish_the_same_weights(train: Callable[..., State]) -> None:
+    assert largest_difference(train(zero_stage=2, workers=1), train(zero_stage=2)) < 2e-4

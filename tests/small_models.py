@@ -1,0 +1,110 @@
+"""Small models from configurations, with the classes and the quirks of the real ones, written as users' folders are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dreambooth.embedded.untrained import make_tokenizer
+
+_BLOCKS = {
+    "sample_size": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+
+
+def write_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A Stable Diffusion folder for 32x32 pixels; `v_prediction` makes it one of the 2.x kind."""
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(2000)
+    StableDiffusionPipeline(
+        vae=_autoencoder(scaling_factor=0.18215),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, 24)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**_BLOCKS, cross_attention_dim=24, attention_head_dim=2),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_sdxl(folder: Path) -> Path:
+    """An SDXL folder for 32x32 pixels: text encoders of two widths, a pooled embedding and micro-conditioning."""
+    torch.manual_seed(2)
+    tokenizer = make_tokenizer(2000)
+    StableDiffusionXLPipeline(
+        vae=_autoencoder(scaling_factor=0.13025, force_upcast=True),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, 24)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            **_BLOCKS,
+            cross_attention_dim=40,
+            attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _autoencoder(**options: object) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        **options,
+    )
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
