@@ -14,6 +14,11 @@ _ROWS = {
     "real_noun": "Real renders of the same captions with the right noun",
     "real_context": "... with the right context",
     "real_colour": "... with the right colour",
+    "personal_real": "Held-out subjects, `embedded-dino`: their photos with each other",
+    "personal_prior": "... images of the class with the photos",
+    "personal_subject": "... personalized samples in new scenes with the photos",
+    "personal_gain": "... how far from the class (0) to the photos (1)",
+    "personal_context": "... samples with the right context",
     "seconds_per_image_on_one_core": "Seconds an image on one CPU core, 25 steps with guidance",
 }
 

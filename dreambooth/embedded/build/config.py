@@ -85,6 +85,20 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class PersonalizationConfig:
+    """One DreamBooth preset for all held-out subjects, and how much of each is drawn."""
+
+    subjects: int = 14
+    steps: int = 400
+    batch: int = 4
+    lr: float = 1e-4
+    prior_images: int = 64
+    images_a_prompt: int = 2
+    sampler_steps: int = 25
+    guidance: float = 4.0
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """A whole build."""
 
@@ -95,6 +109,7 @@ class BuildConfig:
     unet: UnetConfig = UnetConfig()
     judges: JudgeConfig = JudgeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    personalization: PersonalizationConfig = PersonalizationConfig()
 
 
 def _few(steps: int, batch: int = 4) -> Recipe:
@@ -108,13 +123,13 @@ PRESETS = {
     "cpu": replace(
         _FULL,
         pool=replace(_FULL.pool, backbone=48_000, judges=24_000),
-        vae=replace(_FULL.vae, recipe=Recipe(steps=1_800, batch=16, lr=1e-3, warmup=100, ema=0.99)),
-        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=900, batch=128)),
+        vae=replace(_FULL.vae, recipe=Recipe(steps=1_300, batch=16, lr=1e-3, warmup=100, ema=0.99)),
+        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=500, batch=128)),
         unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=900, batch=128),
-            dino=replace(_FULL.judges.dino, steps=900, batch=64),
+            clip=replace(_FULL.judges.clip, steps=400, batch=128),
+            dino=replace(_FULL.judges.dino, steps=400, batch=64),
         ),
     ),
     "tiny": BuildConfig(
@@ -127,5 +142,6 @@ PRESETS = {
             tower=(8, 16, 16, 16), text_width=32, text_layers=2, projection=32, clip=_few(4, 8), dino=_few(4, 8)
         ),
         EvaluationConfig(samples=4, renders=16, trials=2, siblings=2),
+        PersonalizationConfig(subjects=1, steps=2, batch=2, prior_images=2, images_a_prompt=1, sampler_steps=2),
     ),
 }

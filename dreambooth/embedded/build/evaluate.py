@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from dreambooth.contact_sheet import Row, contact_sheet
 from dreambooth.embedded.build.config import EvaluationConfig
 from dreambooth.embedded.build.pool import Pool
-from dreambooth.embedded.build.subjects import subject_scenes
 from dreambooth.embedded.build.vae import psnr
 from dreambooth.embedded.instances import Instance
 from dreambooth.embedded.scenes import Scene, Sprites, caption, render, sample_scene
-from dreambooth.embedded.vocabulary import COLOURS, CONTEXTS, HELD_OUT, NOUNS
+from dreambooth.embedded.vocabulary import COLOURS, CONTEXTS, NOUNS
 from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
 
 SCENE_SEED, GALLERY_SEED = 5, 6
@@ -57,8 +57,10 @@ def evaluate(
     note({f"sampled_{name}": value for name, value in accuracies(clip, scenes, sampled).items()})
     note({"samples": len(scenes), "steps": STEPS, "guidance": GUIDANCE})
     shown = min(64, len(scenes))
-    contact_sheet(sampled[:shown], [caption(scene) for scene in scenes[:shown]]).save(out / "samples.png")
-    contact_sheet(real[:shown], [caption(scene) for scene in scenes[:shown]]).save(out / "renders.png")
+    titles = [caption(scene) for scene in scenes[:shown]]
+    for name, pictures in (("samples", sampled), ("renders", real)):
+        row = Row("captions that training never combined", pictures[:shown], titles)
+        contact_sheet(name, [row], columns=8).save(out / f"{name}.png")
     return figures
 
 
@@ -131,21 +133,6 @@ def instance_choice(dino: EmbeddedDino, drawings: Sprites, trials: int, among: i
     return float((scores.argmax(1) == 0).float().mean())
 
 
-def held_out_similarities(dino: EmbeddedDino, drawings: Sprites) -> dict[str, tuple[float, float]]:
-    """For each held-out subject, the mean similarity between its own photos and to those of all other subjects."""
-    photos = {
-        name: dino.embed_images([Image.fromarray(render(s, drawings, dino.size)) for s in subject_scenes(name)])
-        for name in HELD_OUT
-    }
-    result = {}
-    for name, own in photos.items():
-        others = torch.cat([vectors for other, vectors in photos.items() if other != name])
-        pairs = own @ own.T
-        same = (pairs.sum() - pairs.trace()) / (len(own) * (len(own) - 1))
-        result[name] = float(same), float((own @ others.T).mean())
-    return result
-
-
 def seconds_per_image(pipeline: StableDiffusionXLPipeline, times: int = 5) -> float:
     """The median time of one picture on one core of the CPU, at `STEPS` steps with guidance."""
     threads = torch.get_num_threads()
@@ -157,17 +144,3 @@ def seconds_per_image(pipeline: StableDiffusionXLPipeline, times: int = 5) -> fl
         taken.append(time.perf_counter() - began)
     torch.set_num_threads(threads)
     return float(np.median(taken))
-
-
-def contact_sheet(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int = 8) -> Image.Image:
-    """Pictures in rows with their captions below."""
-    side, line = 128, 11
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (side + 6), rows * (side + 3 * line + 4)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        x, y = index % columns * (side + 6), index // columns * (side + 3 * line + 4)
-        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        for number in range(3):
-            pen.text((x, y + side + number * line), title[number * 22 : (number + 1) * 22], fill="black")
-    return sheet

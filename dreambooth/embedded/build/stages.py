@@ -14,6 +14,7 @@ from dreambooth.embedded.build import (
     evaluate,
     judges,
     package,
+    personalization,
     pool,
     sprites,
     subjects,
@@ -184,6 +185,10 @@ def run_evaluate(build: Build) -> None:
         build.out / "evaluation",
         build.clock.device,
     )
+    figures |= personalization.personalize_all(
+        build.weights, build.config.personalization, build.out / "evaluation", build.clock.device
+    )
+    (build.out / "evaluation" / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     training = json.loads((build.weights / "training.json").read_text())
     (build.weights / "README.md").write_text(card.model_card(figures, training, build.config))
 

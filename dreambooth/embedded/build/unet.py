@@ -115,7 +115,7 @@ def make_latents(
 
 def _conditioned(pixels: Tensor, start: int) -> tuple[Tensor, np.ndarray]:
     """Make micro-conditioning mean something: an eighth of the pictures come from a smaller original, an eighth are
-    crops. Returns the pictures and their time ids (N, 6)."""
+    crops, half come from a larger original, which does not show. Returns the pictures and their time ids (N, 6)."""
     side = pixels.shape[-1]
     ids = np.tile(np.array([side, side, 0, 0, side, side], np.int16), (len(pixels), 1))
     out = pixels.clone()
@@ -134,6 +134,8 @@ def _conditioned(pixels: Tensor, start: int) -> tuple[Tensor, np.ndarray]:
             grown = F.interpolate(picture, size=large, mode="bilinear")
             out[row] = grown[0, :, top : top + side, left : left + side]
             ids[row, 2:4] = top, left
+        elif kind < 0.75:
+            ids[row, :2] = int(rng.integers(side, 16 * side))
     return out, ids
 
 
