@@ -12,9 +12,9 @@ from transformers import CLIPTokenizer
 
 from dreambooth.embedded.build.config import PRESETS
 from dreambooth.embedded.build.package import SHARD_BYTES, TOTAL_BYTES, check_sizes
-from dreambooth.embedded.build.pool import pairs, read_pool
+from dreambooth.embedded.build.pool import for_pretraining, make_pool, pairs, read_pool
 from dreambooth.embedded.build.stages import Build, run_package
-from dreambooth.embedded.build.training import Clock
+from dreambooth.embedded.build.training import Clock, OutOfTimeError, load_average
 from dreambooth.embedded.build.vae import finished_vae, new_vae, psnr
 from dreambooth.embedded.scenes import Sprites, render
 from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
@@ -115,11 +115,26 @@ def test_latents_are_normalized_and_the_fold_changes_no_picture(built):
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(config.latent_channels), atol=1e-3)
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(config.latent_channels), atol=1e-3)
     assert folded.config.scaling_factor == 1.0
-    from dreambooth.embedded.build.training import load_average
-
     plain = new_vae(config.channels, config.latent_channels, 32)
     load_average(built / "vae", plain)
     assert psnr(folded, pool.images, cpu) == pytest.approx(psnr(plain, pool.images, cpu), abs=1e-3)
+
+
+def test_an_interrupted_pool_goes_on_and_equals_one_made_at_once(sprites, tmp_path, monkeypatch):
+    monkeypatch.setattr("dreambooth.embedded.build.pool.CHUNK", 3)
+
+    def make(name, deadline):
+        clock = Clock(deadline, torch.device("cpu"))
+        return make_pool(sprites, tmp_path / name, for_pretraining, 9, 8, 1, 16, clock)
+
+    with pytest.raises(OutOfTimeError, match="1 of 3"):
+        make("pieces", deadline=0)
+    with pytest.raises(OutOfTimeError, match="1 of 2"):
+        make("pieces", deadline=0)
+    pieces, whole = make("pieces", deadline=0), make("whole", deadline=float("inf"))
+    assert np.array_equal(pieces.images, whole.images)
+    assert pieces.captions == whole.captions
+    assert len(whole.captions) == 8
 
 
 def test_pairs_show_one_individual_in_two_scenes(sprites):
@@ -137,6 +152,17 @@ def test_the_figures_are_written(built):
         assert np.isfinite(figures[name])
     assert figures["samples"] == CONFIG.evaluation.samples
     assert Image.open(built / "evaluation" / "samples.png").width > 0
+    assert 0 <= figures["personal_context"] <= 1
+    sheets = [path.stem for path in (built / "evaluation").glob("*.png")]
+    assert len(sheets) == 2 + CONFIG.personalization.subjects
+
+
+def test_the_model_card_states_the_measured_figures_and_the_steps_trained(built):
+    figures = json.loads((built / "evaluation" / "figures.json").read_text())
+    text = (built / "weights" / "README.md").read_text()
+    assert f"| {figures['psnr_db']:.3g} |" in text
+    assert f"unet {CONFIG.unet.recipe.steps}" in text
+    assert "Twemoji" in text
 
 
 def test_packaging_again_gives_the_same_weights(built, sprites):

@@ -4,14 +4,16 @@ A pool is made once and read by every training stage. Scene i of a pool depends 
 processes render it, and an interrupted rendering goes on where it stopped.
 """
 
+import contextlib
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from dreambooth.embedded.build.training import Clock, OutOfTimeError
 from dreambooth.embedded.instances import Instance
 from dreambooth.embedded.scenes import Scene, Sprites, caption, compose, render, sample_scene
 from dreambooth.embedded.vocabulary import NOUNS
@@ -52,20 +54,27 @@ def pairs(sprites: Sprites, seed: int, index: int) -> Scene:
             return scene
 
 
-def make_pool(sprites: Path, folder: Path, sampler: Sampler, seed: int, count: int, workers: int, size: int) -> Pool:
-    """Render `count` scenes into `folder` with some processes, or finish doing so; return the pool."""
+def make_pool(
+    sprites: Path, folder: Path, sampler: Sampler, seed: int, count: int, workers: int, size: int, clock: Clock
+) -> Pool:
+    """Render `count` scenes into `folder` with some processes, or finish doing so; return the pool.
+
+    Raises `OutOfTimeError` when the clock runs out, with whole chunks kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         (sprites, folder, sampler, seed, start, min(start + CHUNK, count), size)
         for start in range(0, count, CHUNK)
         if not _chunk(folder, start).with_suffix(".json").exists()
     ]
-    if workers > 1 and len(jobs) > 1:
-        with multiprocessing.get_context("spawn").Pool(workers) as processes:
-            processes.map(_render_chunk, jobs, chunksize=1)
-    else:
-        for job in jobs:
-            _render_chunk(job)
+    with contextlib.ExitStack() as stack:
+        finished: Iterator[None] = map(_render_chunk, jobs)
+        if workers > 1 and len(jobs) > 1:
+            processes = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+            finished = processes.imap_unordered(_render_chunk, jobs)
+        for number, _ in enumerate(finished, start=1):
+            if clock.expired() and number < len(jobs):
+                raise OutOfTimeError(f"{number} of {len(jobs)} chunks rendered into {folder.name}")
     return read_pool(folder, count, size)
 
 

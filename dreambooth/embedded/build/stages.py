@@ -66,7 +66,9 @@ class Build:
 
     def _pool(self, name: str, sampler: pool.Sampler, seed: int, count: int) -> pool.Pool:
         folder = self.out / "pools" / name
-        return pool.make_pool(self.sprites, folder, sampler, seed, count, self.workers, self.config.pool.size)
+        return pool.make_pool(
+            self.sprites, folder, sampler, seed, count, self.workers, self.config.pool.size, self.clock
+        )
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:

@@ -98,8 +98,12 @@ def make_latents(
                 posterior = vae.encode(pixels).latent_dist
             latents.append(posterior.mean.cpu().to(torch.float16).numpy())
             time_ids.append(ids)
-        tokens = tokenize(tokenizer, distinct)
-        parts = [[out.to(torch.float16).numpy() for out in encode_prompts(encoders, t)] for t in tokens.split(256)]
+        for encoder in encoders:
+            encoder.to(clock.device)
+        tokens = tokenize(tokenizer, distinct).to(clock.device)
+        parts = [
+            [out.to(torch.float16).cpu().numpy() for out in encode_prompts(encoders, t)] for t in tokens.split(256)
+        ]
         arrays = (
             np.concatenate(latents),
             np.concatenate(time_ids),
