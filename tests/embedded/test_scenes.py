@@ -16,6 +16,7 @@ from dreambooth.embedded.vocabulary import (
     VIEWS,
     is_held_out,
 )
+from dreambooth.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, fill
 from tests.embedded.drawings import draw_sprites
 
 DOG = Instance("dog", "alpha.shape")
@@ -122,3 +123,12 @@ def test_contexts_and_looks_change_the_picture(sprites):
     changed += [Scene(DOG, 5, view=v) for v in VIEWS] + [Scene(DOG, 5, colour=c) for c in COLOURS]
     for scene in changed:
         assert np.abs(render(scene, sprites).astype(int) - plain).mean() > 1, scene
+
+
+def test_every_dreambench_prompt_is_the_caption_of_some_scene():
+    scenes = [Scene(DOG, 0, context=context) for context in CONTEXTS]
+    scenes += [Scene(DOG, 0, accessory=accessory) for accessory in ACCESSORIES]
+    scenes += [Scene(DOG, 0, colour=colour) for colour in COLOURS] + [Scene(DOG, 0, look=look) for look in PROPERTIES]
+    captions = {caption(scene) for scene in scenes}
+    for template in (*LIVE_PROMPTS, *OBJECT_PROMPTS):
+        assert fill(template, None, "dog") in captions

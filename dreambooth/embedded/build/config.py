@@ -34,7 +34,7 @@ class VaeConfig:
 
     channels: tuple[int, ...] = (32, 64, 96)
     latent_channels: int = 8
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=20_000, batch=64, lr=1e-3, ema=0.999))
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=12_000, batch=64, lr=1e-3, ema=0.999))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TextConfig:
     projection: int = 192
     tower: tuple[int, ...] = (32, 64, 128, 192)
     recipe: Recipe = field(
-        default_factory=lambda: Recipe(steps=10_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
+        default_factory=lambda: Recipe(steps=6_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
     )
 
 
@@ -70,8 +70,8 @@ class JudgeConfig:
     text_width: int = 128
     text_layers: int = 3
     projection: int = 128
-    clip: Recipe = field(default_factory=lambda: Recipe(steps=10_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995))
-    dino: Recipe = field(default_factory=lambda: Recipe(steps=10_000, batch=128, lr=1e-3, weight_decay=0.05, ema=0.995))
+    clip: Recipe = field(default_factory=lambda: Recipe(steps=6_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995))
+    dino: Recipe = field(default_factory=lambda: Recipe(steps=6_000, batch=128, lr=1e-3, weight_decay=0.05, ema=0.995))
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ class OutOfTimeError(Exception):
 
 @dataclass(frozen=True)
 class Clock:
-    """When this call has to stop, in `time.monotonic` seconds, and where tensors live."""
+    """When this call has to stop, in `time.monotonic` seconds, and what it computes on."""
 
     deadline: float
     device: torch.device
+    compiled: bool = False
 
     def expired(self) -> bool:
         """Whether the time is up."""

@@ -151,6 +151,7 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
     steps = scheduler.config.num_train_timesteps
     latents_of, ids_of, caption_of, states_of, pooled_of = (torch.from_numpy(np.array(a)).to(device) for a in data)
     recipe = config.recipe
+    predict = torch.compile(unet) if clock.compiled else unet
 
     def loss_of(step: int) -> Tensor:
         rows = batches(len(data.latents), recipe.batch, SEED, step)
@@ -170,7 +171,7 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
             "time_ids": ids_of[picked].float(),
         }
         with autocast(device):
-            predicted = unet(
+            predicted = predict(
                 noisy,
                 timesteps,
                 encoder_hidden_states=states,
