@@ -139,16 +139,15 @@ def render(scene: Scene, sprites: Sprites, size: int = 64) -> np.ndarray:
     brush = Brush(side, rng, sprites.props)
     stage = PAINTERS[scene.context](brush)
     canvas = np.asarray(brush.image, np.float32) / 255
-    close = scene.view is not None and "close-up" in scene.view
-    share = rng.uniform(1.05, 1.3) if close else rng.uniform(0.58, 0.78)
-    tall = share * (1 if scene.accessory is None else 0.92)
-    if stage.feet - tall * (1 if scene.accessory is None else 1 + HEADROOM) < 0.0 and not close:
-        tall = stage.feet / (1 if scene.accessory is None else 1 + HEADROOM)
+    view = scene.view or ""
+    if "close-up" in view:
+        tall, feet, sway = rng.uniform(1.05, 1.3), 1.08, 0.036
+    else:
+        hat = 1.0 if scene.accessory is None else 1 + HEADROOM
+        tall, feet, sway = min(rng.uniform(0.58, 0.78), stage.feet / hat), stage.feet, 0.12
     subject = _subject(scene, sprites, round(tall * side), rng)
-    feet = 1.08 if close else stage.feet
-    x = 0.5 + rng.uniform(-0.12, 0.12) * (1 if not close else 0.3)
-    canvas = _place(canvas, subject, x, feet, stage)
-    if scene.view is not None and "upside down" in scene.view:
+    canvas = _place(canvas, subject, 0.5 + rng.uniform(-sway, sway), feet, stage)
+    if "upside down" in view:
         canvas = canvas[::-1]
     if scene.style:
         canvas = _stylize(canvas, scene.style)

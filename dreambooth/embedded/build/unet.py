@@ -161,9 +161,11 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
         kept = (torch.rand(len(rows), generator=rng, device=device) >= config.caption_drop).float()
         states = states_of[captions].float() * kept[:, None, None]
         noise = torch.randn(latents.shape, generator=rng, device=device)
-        # One timestep from each of as many equal parts of the schedule as the batch has samples: less variance.
-        span = torch.arange(len(rows), device=device) + torch.rand(len(rows), generator=rng, device=device)
-        timesteps = (span / len(rows) * steps).long()
+        # One timestep from each of as many equal parts of the schedule as the batch has samples: less variance. The
+        # parts are shuffled, since the rows come sorted: else a sample would see the same part in every epoch.
+        parts = torch.randperm(len(rows), generator=rng, device=device)
+        parts = parts + torch.rand(len(rows), generator=rng, device=device)
+        timesteps = (parts / len(rows) * steps).long()
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
         conditions = {
@@ -171,12 +173,7 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
             "time_ids": ids_of[picked].float(),
         }
         with autocast(device):
-            predicted = predict(
-                noisy,
-                timesteps,
-                encoder_hidden_states=states,
-                added_cond_kwargs=conditions,
-            ).sample
+            predicted = predict(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=conditions).sample
         return F.mse_loss(predicted.float(), target)
 
     train(unet, loss_of, recipe, folder, clock)
