@@ -143,6 +143,16 @@ def _conditioned(pixels: Tensor, start: int) -> tuple[Tensor, np.ndarray]:
     return out, ids
 
 
+def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:
+    """One timestep (count,) from each of `count` equal parts of the schedule, for less variance than free draws.
+
+    The parts are shuffled: a batch's rows come sorted, and a sample would else see one part in every epoch.
+    """
+    device = generator.device
+    parts = torch.randperm(count, generator=generator, device=device)
+    return ((parts + torch.rand(count, generator=generator, device=device)) / count * steps).long()
+
+
 def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, folder: Path, clock: Clock) -> None:
     """Train on cached latents; a tenth of the captions are dropped to zeros for classifier-free guidance."""
     device = clock.device
@@ -161,11 +171,7 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
         kept = (torch.rand(len(rows), generator=rng, device=device) >= config.caption_drop).float()
         states = states_of[captions].float() * kept[:, None, None]
         noise = torch.randn(latents.shape, generator=rng, device=device)
-        # One timestep from each of as many equal parts of the schedule as the batch has samples: less variance. The
-        # parts are shuffled, since the rows come sorted: else a sample would see the same part in every epoch.
-        parts = torch.randperm(len(rows), generator=rng, device=device)
-        parts = parts + torch.rand(len(rows), generator=rng, device=device)
-        timesteps = (parts / len(rows) * steps).long()
+        timesteps = stratified_timesteps(len(rows), steps, rng)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
         conditions = {
