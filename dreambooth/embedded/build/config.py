@@ -122,14 +122,14 @@ PRESETS = {
     "full": _FULL,
     "cpu": replace(
         _FULL,
-        pool=replace(_FULL.pool, backbone=48_000, judges=12_000),
-        vae=replace(_FULL.vae, recipe=Recipe(steps=1_300, batch=16, lr=1e-3, warmup=100, ema=0.99)),
-        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=500, batch=128)),
+        pool=replace(_FULL.pool, backbone=48_000, judges=24_000),
+        vae=replace(_FULL.vae, recipe=Recipe(steps=6_000, batch=16, lr=1e-3, warmup=100, ema=0.998)),
+        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=3_000, batch=128)),
         unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=400, batch=128),
-            dino=replace(_FULL.judges.dino, steps=400, batch=64),
+            clip=replace(_FULL.judges.clip, steps=3_000, batch=128),
+            dino=replace(_FULL.judges.dino, steps=3_000, batch=64),
         ),
     ),
     "tiny": BuildConfig(
