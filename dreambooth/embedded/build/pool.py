@@ -93,6 +93,8 @@ def read_pool(folder: Path, count: int, size: int) -> Pool:
         joined.with_suffix(".part").rename(joined)
     rows = [row for start in starts for row in json.loads(_chunk(folder, start).with_suffix(".json").read_text())]
     rows = rows[:count]
+    if len(rows) < count:
+        raise ValueError(f"{folder} was rendered for fewer than {count} scenes: delete it and build again")
     numbers: dict[str, int] = {}
     individuals = np.array([numbers.setdefault(row["individual"], len(numbers)) for row in rows])
     images = np.load(joined, mmap_mode="r")
