@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ def contact_sheet(heading: str, rows: Sequence[Row], columns: int = 6) -> Image.
     width = columns * (_TILE + _GAP) + _GAP
 
     def caption_lines(row: Row) -> list[list[str]]:
-        return [textwrap.wrap(caption, width=_TILE // 7) for caption in row.captions] or [[] for _ in row.pictures]
+        return [_wrap(caption, caption_font) for caption in row.captions] or [[] for _ in row.pictures]
 
     height = 48
     for row in rows:
@@ -58,6 +57,21 @@ def contact_sheet(heading: str, rows: Sequence[Row], columns: int = 6) -> Image.
                     draw.text((x, y + _TILE + 3 + number * line_height), line, fill=_INK, font=caption_font)
             y += _TILE + _GAP + line_height * max(len(lines[index]) for index in shown)
     return sheet
+
+
+def _wrap(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """Lines no wider than a tile, broken between words, or within a word that is wider than that."""
+    lines: list[str] = []
+    for word in caption.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= _TILE:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > _TILE:
+                lines.append("")
+            lines[-1] += letter
+    return lines
 
 
 def _fit(picture: Image.Image) -> Image.Image:

@@ -42,15 +42,13 @@ class SamplerSettings:
 
 def scheduler_class(name: str) -> Any:
     """The diffusers scheduler of this class name; ValueError, naming the nearest, when there is none."""
-    known = [
-        key
-        for key in dir(diffusers)
-        if key.endswith("Scheduler") and "Flax" not in key and inspect.isclass(getattr(diffusers, key))
-    ]
-    if name not in known or not issubclass(getattr(diffusers, name), SchedulerMixin):
+    named = {key: getattr(diffusers, key) for key in dir(diffusers) if key.endswith("Scheduler")}
+    # Where a scheduler's own dependency is absent, diffusers has a stand-in of that name.
+    known = [key for key, value in named.items() if inspect.isclass(value) and issubclass(value, SchedulerMixin)]
+    if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(f"{name!r} is no diffusers scheduler; the nearest name is {nearest!r}")
-    return getattr(diffusers, name)
+    return named[name]
 
 
 def load_pipeline(

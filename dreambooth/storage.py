@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import pyarrow.fs as pafs
 
 _ATOMIC_ON_CLOSE = {"s3", "gcs", "abfs"}  # an object appears whole when its stream is closed, or not at all
+_PATH_SIGNS = "/:@!$&'()*+,;=~"  # what the path of a URI may hold besides letters and digits
+_URI_SIGNS = _PATH_SIGNS + "%?#[]"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Location:
     @cached_property
     def _resolved(self) -> tuple[pafs.FileSystem, str]:
         try:
-            return pafs.FileSystem.from_uri(self.uri)
+            return pafs.FileSystem.from_uri(quote(self.uri, safe=_URI_SIGNS) if "://" in self.uri else self.uri)
         except Exception as error:
             raise ValueError(f"cannot use {self.uri!r} as a path or URI: {error}") from error
 
@@ -78,7 +80,8 @@ class Location:
         if "://" not in self.uri:
             return Location(posixpath.join(self.uri, part))
         scheme, netloc, path, query, fragment = urlsplit(self.uri)
-        return Location(urlunsplit((scheme, netloc, posixpath.join(path or "/", part), query, fragment)))
+        path = posixpath.join(path or "/", quote(part, safe=_PATH_SIGNS))
+        return Location(urlunsplit((scheme, netloc, path, query, fragment)))
 
     def __str__(self) -> str:
         """The path or URI, as given."""
@@ -125,9 +128,13 @@ class Location:
         return json.loads(self.read_bytes())
 
     def write_bytes(self, data: bytes) -> None:
-        """Write the file atomically: a reader sees the old file, or the new one, never a part."""
+        """Write the file atomically: a reader sees the old file, or the new one, never a part.
+
+        A large object is read in pieces: one that is read while it is replaced may come as a mixture of both.
+        """
+        whole = memoryview(data)  # what is no bytes fails here: an object store would keep an empty object
         with self._replacing() as path, self.filesystem.open_output_stream(path) as stream:
-            stream.write(data)
+            stream.write(whole)
 
     def write_json(self, value: Any) -> None:
         """Write `value` as indented JSON, atomically."""
@@ -143,11 +150,11 @@ class Location:
         temporary = posixpath.join(folder, f".{self.name}.{uuid.uuid4().hex}")
         try:
             yield temporary
+            self.filesystem.move(temporary, self.path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_file(temporary)
             raise
-        self.filesystem.move(temporary, self.path)
 
     def upload_file(self, source: Path) -> None:
         """Copy a local file to this place, atomically."""

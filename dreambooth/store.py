@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from dreambooth.backbones import Backbone, open_backbone
-from dreambooth.storage import Location
+from dreambooth.storage import Location, digest
 
 _CACHE = Path("~/.cache/dreambooth").expanduser()
 
@@ -108,11 +108,11 @@ class SubjectStore:
             raise ValueError(f"there is no {location}")
         if location.local is not None:
             return location.local
-        folder = _CACHE / location.name
+        folder = _CACHE / f"{location.name}-{digest(location.uri, 16)}"
         _CACHE.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                partial = folder.with_suffix(".partial")
+                partial = folder.with_name(f"{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 location.download(partial)
                 partial.rename(folder)

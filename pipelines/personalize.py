@@ -11,6 +11,7 @@ from pipelines.console import Display, quiet_libraries
 
 quiet_libraries()
 
+import shlex  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
@@ -99,7 +100,7 @@ def _report(outcomes: Sequence[Outcome], store: SubjectStore, display: Display) 
         display.say(f"{outcome.subject}@{version.id} is published")
         display.say(f"  version        {version.location}")
         display.say(f"  contact sheet  {version.location / 'contact_sheet.png'}")
-        display.say(f"  serve it       serve run serve.app:app store={store.root}")
+        display.say(f"  serve it       serve run serve.app:app {shlex.quote(f'store={store.root}')}")
     failed = [outcome.subject for outcome in outcomes if outcome.version is None]
     display.say(f"{len(outcomes) - len(failed)} published, {len(failed)} failed" + "".join(f"  {n}" for n in failed))
     return 1 if failed else 0

@@ -22,12 +22,14 @@ from pipelines.plan import Lane
 
 @contextmanager
 def ray_session(lane: Lane, verbose: bool) -> Iterator[str]:
-    """Connect as Ray's own rules say (a job's cluster, RAY_ADDRESS, a running local cluster) or start a local one.
+    """Join the cluster of the job that this is, or the one that RAY_ADDRESS names, or start a local one.
 
     Yields a line that tells which, and where the logs are. Raises ValueError when a cluster of our own is too small.
     """
     with contextlib.nullcontext("this terminal") if verbose else _stderr_to_file() as log:
         context = ray.init(
+            # Left to itself Ray also tries the cluster last started here, and waits for minutes when it is gone.
+            address=None if _joins_a_cluster() else "local",
             log_to_driver=verbose,
             logging_level="INFO" if verbose else "ERROR",
             runtime_env=_code_to_ship(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # A Ray cluster that happens to run on this machine is not the tests' to use.
@@ -19,6 +20,7 @@ import pytest  # noqa: E402
 import ray  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from dreambooth.storage import Location  # noqa: E402
 from tests.small_models import write_sdxl, write_stable_diffusion  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -63,3 +65,32 @@ def dreambench() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real photos: {folder} is absent; name their folder in DREAMBENCH_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Location]:
+    """A bucket of a real S3 protocol server."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "testing")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server.start()
+        address = "{}:{}".format(*server.get_host_and_port())
+        client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+        client.create_bucket(Bucket="bucket")
+        yield Location(f"s3://bucket?endpoint_override={address}&scheme=http&region=us-east-1")
+        server.stop()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """An empty folder, once on a disk and once in an object store."""
+    if request.param == "disk":
+        return Location.of(tmp_path / "place")
+    bucket: Location = request.getfixturevalue("bucket")
+    return bucket / tmp_path.name

@@ -26,7 +26,7 @@ def open_backbone(source: str | Path) -> Backbone:
     try:
         index = json.loads((folder / "model_index.json").read_text())
         pipeline = index["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"backbone {str(source)!r} has no readable model_index.json in {folder}: {error}") from error
     for family in FAMILIES:
         if pipeline in family.pipeline_classes:

@@ -39,12 +39,19 @@ class Backbone(ABC):
     tokenizer_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, folder: Path, index: Mapping[str, Any], source: str) -> None:
-        """Keep the folder and its parsed `model_index.json`; raises ValueError when weights are missing or pickled."""
+        """Keep the folder and its parsed `model_index.json`.
+
+        Raises ValueError when weights are missing or pickled, or when the scheduler is not one to train by.
+        """
         self.folder = folder
         self.index = index
         self.source = source
         for name in (self.denoiser, "vae", *self.text_encoders):
             self._check_weights(name)
+        for name in (self.denoiser, "vae", *self.text_encoders, *self.tokenizer_names):
+            if not isinstance(index.get(name), list):
+                raise ValueError(f"backbone {source!r} is incomplete: its model_index.json names no {name}")
+        _ = self.schedule  # read now: an untrainable one is the user's to know before anything is started
 
     def _check_weights(self, component: str) -> None:
         files = [path.name for path in (self.folder / component).glob("*")]
@@ -119,7 +126,16 @@ class Backbone(ABC):
     @cached_property
     def schedule(self) -> NoiseSchedule:
         """The noise schedule and prediction type that the backbone's scheduler states."""
-        scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(self.folder, subfolder="scheduler"))
+        try:
+            config = DDPMScheduler.load_config(self.folder, subfolder="scheduler")
+        except OSError as error:
+            raise ValueError(f"backbone {self.source!r} is incomplete: no scheduler in {self.folder}") from error
+        if "beta_start" not in config:
+            raise ValueError(
+                f"backbone {self.source!r} has {config.get('_class_name')}, which has no variance-preserving noise "
+                "schedule: such a model is not trainable here"
+            )
+        scheduler = DDPMScheduler.from_config(config)
         return NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     def pipeline(self, dtype: torch.dtype, replacements: Mapping[str, nn.Module] | None = None) -> Any:

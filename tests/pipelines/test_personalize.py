@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ SHORT = "--steps 6 --batch 2 --workers 2 --prior-images 4 --prior-batch 4 --prio
 
 def personalize(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "pipelines/personalize.py", *map(str, arguments), *SHORT.split()]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
 def draw_with_plain_diffusers(backbone: Path, version: Version, number: int) -> np.ndarray:

@@ -81,6 +81,10 @@ def make_pool(
 def read_pool(folder: Path, count: int, size: int) -> Pool:
     """The pool as one array, joined once from its chunks and memory-mapped from then on."""
     starts = range(0, count, CHUNK)
+    rows = [row for start in starts for row in json.loads(_chunk(folder, start).with_suffix(".json").read_text())]
+    rows = rows[:count]
+    if len(rows) < count:
+        raise ValueError(f"{folder} was rendered for fewer than {count} scenes: delete it and build again")
     joined = folder / f"images-{count}.npy"
     if not joined.exists():
         target = np.lib.format.open_memmap(
@@ -91,10 +95,6 @@ def read_pool(folder: Path, count: int, size: int) -> Pool:
             target[start : start + len(part)] = part[: count - start]
         target.flush()
         joined.with_suffix(".part").rename(joined)
-    rows = [row for start in starts for row in json.loads(_chunk(folder, start).with_suffix(".json").read_text())]
-    rows = rows[:count]
-    if len(rows) < count:
-        raise ValueError(f"{folder} was rendered for fewer than {count} scenes: delete it and build again")
     numbers: dict[str, int] = {}
     individuals = np.array([numbers.setdefault(row["individual"], len(numbers)) for row in rows])
     images = np.load(joined, mmap_mode="r")
