@@ -66,7 +66,7 @@ class UnetConfig:
 class JudgeConfig:
     """Widths of the judges' towers."""
 
-    tower: tuple[int, ...] = (32, 64, 128, 160)
+    tower: tuple[int, ...] = (32, 64, 112, 144)
     text_width: int = 128
     text_layers: int = 3
     projection: int = 128
