@@ -1,4 +1,4 @@
-"""The small SDXL-architecture backbone that comes with the project, named `embedded`, and a sample subject for it."""
+"""The small SDXL-architecture backbone that ships with the project, named `embedded`, and subjects new to it."""
 
 from pathlib import Path
 
@@ -6,12 +6,18 @@ from filelock import FileLock
 
 from dreambooth.subject import SubjectSpec
 
+_HERE = Path(__file__).parent
+
 
 def backbone_path() -> Path:
-    """The folder of the embedded backbone.
+    """The folder of the embedded backbone, loadable by `StableDiffusionXLPipeline.from_pretrained`.
 
-    It is untrained for now: small networks are made from configurations at first use and kept in the user's cache.
+    Without weights beside the package (`python -m dreambooth.embedded.build` makes them) it is an untrained stand-in:
+    small networks made from configurations at first use and kept in the user's cache.
     """
+    shipped = _HERE / "weights" / "backbone"
+    if (shipped / "model_index.json").exists():
+        return shipped
     from dreambooth.embedded import untrained
 
     folder = Path("~/.cache/dreambooth").expanduser() / f"embedded-untrained-{untrained.REVISION}"
@@ -22,7 +28,14 @@ def backbone_path() -> Path:
     return folder
 
 
+def subjects_path() -> Path:
+    """The held-out subjects, in DreamBench's layout: `NAME/00.png ...` and `prompts_and_classes.txt`.
+
+    None of their drawings appear in the backbone's or the judges' training.
+    """
+    return _HERE / "subjects"
+
+
 def sample_subject() -> SubjectSpec:
     """The subject of the demo: a dog whose drawing the embedded backbone has never seen."""
-    folder = Path(__file__).parent / "subjects" / "dog"
-    return SubjectSpec("sample-dog", (str(folder),), "dog", None, ())
+    return SubjectSpec("sample-dog", (str(subjects_path() / "dog"),), "dog", None, ())

@@ -1,0 +1,208 @@
+"""What every training stage shares: a bounded, resumable loop, safe checkpoints, and an average of the weights."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+EMA_PREFIX, MODEL_PREFIX, OPTIMIZER_PREFIX = "ema/", "model/", "optimizer/"
+
+
+class OutOfTimeError(Exception):
+    """The time given to this call is up; the stage has saved itself and goes on at the next call."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When this call has to stop, in `time.monotonic` seconds, and what it computes on."""
+
+    deadline: float
+    device: torch.device
+    compiled: bool = False
+
+    def expired(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self.deadline
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast a stage trains."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 200
+    decay: bool = True
+    weight_decay: float = 0.01
+    ema: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to zero over all steps, or a constant."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if not self.decay:
+            return self.lr
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def batches(count: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """The sample numbers of a step: each epoch is one permutation fixed by (seed, epoch)."""
+    per_epoch = max(1, count // batch)
+    epoch, at = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return np.sort(order[at * batch : (at + 1) * batch])
+
+
+def train(
+    model: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    recipe: Recipe,
+    folder: Path,
+    clock: Clock,
+    every: float = 60.0,
+) -> nn.Module | None:
+    """Minimize `loss_of(step)` from the last checkpoint in `folder` to `recipe.steps`, saving every so many seconds.
+
+    Returns the average of the weights (with `recipe.ema`), which holds the result then; `model` holds the last ones.
+    Raises `OutOfTimeError` after saving when the clock runs out.
+    """
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    # Tokens that no caption holds get no gradient: weight decay alone would shrink them all to nothing.
+    groups = [
+        {"params": [p for p in decayed if p not in embeddings], "weight_decay": recipe.weight_decay},
+        {"params": others + [p for p in decayed if p in embeddings], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=clock.device.type == "cuda")
+    average = _copy(model) if recipe.ema else None
+    step = load_checkpoint(folder, model, optimizer, average)
+    model.train()
+    seen, began = 0, time.monotonic()
+    saved = began
+    losses: list[Tensor] = []
+    while step < recipe.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, seen = step + 1, seen + recipe.batch
+        if average is not None:
+            _average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
+        losses.append(loss.detach())
+        if step % 100 == 0:
+            rate = seen / (time.monotonic() - began)
+            print(
+                f"{folder.name} step {step}/{recipe.steps} loss {torch.stack(losses).mean():.4f} {rate:.0f} samples/s",
+                flush=True,
+            )
+            losses.clear()
+        if time.monotonic() > saved + every or step == recipe.steps or clock.expired():
+            save_checkpoint(folder, model, optimizer, average, step)
+            saved = time.monotonic()
+        if clock.expired() and step < recipe.steps:
+            raise OutOfTimeError(f"{folder.name} stopped at step {step} of {recipe.steps}")
+    model.eval()
+    return average
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None, step: int
+) -> None:
+    """Write weights, their average and the optimizer's moments as one safetensors file, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {MODEL_PREFIX + name: value for name, value in model.state_dict().items()}
+    if average is not None:
+        tensors |= {EMA_PREFIX + name: value for name, value in average.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{OPTIMIZER_PREFIX}{index}/{name}": value for name, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    partial = folder / "checkpoint.part"
+    save_file(tensors, partial, metadata={"step": json.dumps(step)})
+    os.replace(partial, folder / "checkpoint.safetensors")
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, average: nn.Module | None = None
+) -> int:
+    """Take up the checkpoint in `folder`; returns its step, or 0 where there is none."""
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+    model.load_state_dict(under(MODEL_PREFIX))
+    if average is not None:
+        average.load_state_dict(under(EMA_PREFIX))
+    if optimizer is not None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in under(OPTIMIZER_PREFIX).items():
+            index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return checkpoint_step(folder)
+
+
+def load_average(folder: Path, model: nn.Module) -> int:
+    """Put the averaged weights of the checkpoint in `folder` into `model`; returns the step."""
+    tensors = load_file(folder / "checkpoint.safetensors")
+    model.load_state_dict({n[len(EMA_PREFIX) :]: v for n, v in tensors.items() if n.startswith(EMA_PREFIX)})
+    model.eval()
+    return checkpoint_step(folder)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step that the checkpoint in `folder` was written at, 0 where there is none."""
+    from safetensors import safe_open
+
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        return int(json.loads(file.metadata()["step"]))
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `range(count)`."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
+    """Pictures uint8 (N, H, W, 3) to pixels float (N, 3, H, W) in [-1, 1]."""
+    tensor = torch.from_numpy(np.array(images)).to(device)
+    return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 arithmetic over fp32 weights."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _average(average: nn.Module, model: nn.Module, keep: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - keep)
+    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
