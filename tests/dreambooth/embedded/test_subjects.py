@@ -6,7 +6,7 @@ from PIL import Image
 from dreambooth.embedded import subjects_path
 from dreambooth.embedded.build.subjects import listing, write_subjects
 from dreambooth.embedded.vocabulary import HELD_OUT, NOUNS
-from tests.embedded.drawings import draw_sprites
+from tests.dreambooth.embedded.drawings import draw_sprites
 
 
 def test_the_shipped_subjects_are_five_square_pictures_each():

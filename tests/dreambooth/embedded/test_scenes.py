@@ -17,7 +17,7 @@ from dreambooth.embedded.vocabulary import (
     is_held_out,
 )
 from dreambooth.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, fill
-from tests.embedded.drawings import draw_sprites
+from tests.dreambooth.embedded.drawings import draw_sprites
 
 DOG = Instance("dog", "alpha.shape")
 

@@ -18,7 +18,7 @@ from dreambooth.embedded.build.training import Clock, OutOfTimeError, load_avera
 from dreambooth.embedded.build.vae import finished_vae, new_vae, psnr
 from dreambooth.embedded.scenes import Sprites, render
 from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
-from tests.embedded.drawings import draw_sprites
+from tests.dreambooth.embedded.drawings import draw_sprites
 
 CONFIG = PRESETS["tiny"]
 
