@@ -18,9 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from dreambooth.contact_sheet import Row, contact_sheet
 from dreambooth.sampling import SamplerSettings
 from dreambooth.storage import Location, digest
 from dreambooth.streams import image_seed
+from dreambooth.subject import read_image
+
+_PREVIEWED = 24
 
 SCHEMA = pa.schema(
     {
@@ -79,13 +83,24 @@ class PriorSet:
         return range(shard * self.sampler.batch, (shard + 1) * self.sampler.batch)
 
     def seeds(self, shard: int) -> list[int]:
-        """The seeds of a shard's images."""
-        return [image_seed(self.key, index) for index in self.indices(shard)]
+        """The seeds of a shard's images: of the set's seed, prompt and the image's index alone.
+
+        So sets that differ in batch, threads or precision hold the same images but for rounding.
+        """
+        noise = digest({"prompt": self.prompt, "seed": self.seed})
+        return [image_seed(noise, index) for index in self.indices(shard)]
 
     def present(self, store: Location) -> set[int]:
         """The shards that are in the store."""
         names = self.location(store).names()
         return {int(name.removesuffix(".parquet")) for name in names if name.endswith(".parquet")}
+
+    def has_shard(self, store: Location, shard: int) -> bool:
+        """Whether the shard is in the store."""
+        return self._shard(store, shard).exists()
+
+    def _shard(self, store: Location, shard: int) -> Location:
+        return self.location(store) / f"{shard:06d}.parquet"
 
     def write_shard(
         self, store: Location, shard: int, images: np.ndarray, mean: np.ndarray, log_variance: np.ndarray
@@ -107,18 +122,28 @@ class PriorSet:
         ]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer)
-        location = self.location(store)
-        settings = location / "set.json"
+        settings = self.location(store) / "set.json"
         if not settings.exists():
             settings.write_json(self.as_dict())
-        (location / f"{shard:06d}.parquet").write_bytes(buffer.getvalue())
+        self._shard(store, shard).write_bytes(buffer.getvalue())
 
     def rows(self, store: Location, count: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The first `count` images in order, with these columns; FileNotFoundError when a shard is missing."""
         for shard in self.shards(count):
-            data = (self.location(store) / f"{shard:06d}.parquet").read_bytes()
+            data = self._shard(store, shard).read_bytes()
             table = pq.read_table(io.BytesIO(data), columns=list(columns))
             yield from table.slice(0, max(0, count - shard * self.sampler.batch)).to_pylist()
+
+    def write_preview(self, store: Location, count: int) -> Location:
+        """Lay out the first of `count` images as a contact sheet beside the set; returns where it is."""
+        rows = list(self.rows(store, min(count, _PREVIEWED), ["id", "png"]))
+        pictures = [read_image(row["png"], row["id"]) for row in rows]
+        title = f"the first {len(rows)} of {count} class-prior images, seed {self.seed}"
+        buffer = io.BytesIO()
+        contact_sheet(self.prompt, [Row(title, pictures)]).save(buffer, "PNG")
+        preview = self.location(store) / "preview.png"
+        preview.write_bytes(buffer.getvalue())
+        return preview
 
 
 def latent(row: dict[str, Any], column: str) -> np.ndarray:

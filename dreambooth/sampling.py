@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import diffusers
@@ -24,7 +24,8 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class SamplerSettings:
     """How images are drawn. On a CPU, bytes are the same only for the same batch and threads, so both belong here.
 
-    `scheduler` is the name of a diffusers scheduler class, or None for the backbone's own.
+    `scheduler` is the name of a diffusers scheduler class, or None for the backbone's own; `compile` runs the denoiser
+    through torch.compile.
     """
 
     resolution: int
@@ -34,6 +35,7 @@ class SamplerSettings:
     threads: int
     precision: str
     scheduler: str | None = None
+    compile: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-like form, for hashing and for records."""
@@ -57,23 +59,37 @@ def load_pipeline(
     device: torch.device,
     replacements: Mapping[str, nn.Module] | None = None,
 ) -> Any:
-    """diffusers' pipeline on `device` with the scheduler and threads of `settings`."""
+    """diffusers' pipeline on `device` with the scheduler and threads of `settings`.
+
+    diffusers itself runs attention by fused kernels, and conditional and unconditional passes as one batch.
+    """
     if device.type == "cpu":
         torch.set_num_threads(settings.threads)
     pipeline = backbone.pipeline(DTYPES[settings.precision], replacements)
     if settings.scheduler is not None:
         pipeline.scheduler = scheduler_class(settings.scheduler).from_config(pipeline.scheduler.config)
-    return pipeline.to(device)
+    pipeline.to(device)
+    if device.type == "cuda":  # tensor cores read convolutions in this layout; CPUs gain nothing from it
+        getattr(pipeline, backbone.denoiser).to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    if settings.compile:
+        getattr(pipeline, backbone.denoiser).compile()
+    return pipeline
 
 
 def sample(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings) -> list[Image.Image]:
-    """One RGB image a prompt, in batches of `settings.batch`; each image's noise comes from its own seed alone."""
+    """One RGB image a prompt, in batches of `settings.batch`; each image's noise comes from its own seed alone.
+
+    Each distinct prompt is encoded once. Raises ArithmeticError, naming the seeds, when pixels are not finite.
+    """
     assert len(prompts) == len(seeds)
+    encoded = {prompt: _encode(pipeline, prompt, settings) for prompt in dict.fromkeys(prompts)}
     images: list[Image.Image] = []
     for start in range(0, len(prompts), settings.batch):
         chosen = slice(start, start + settings.batch)
+        texts = [encoded[prompt] for prompt in prompts[chosen]]
         output = pipeline(
-            prompt=list(prompts[chosen]),
+            **{name: torch.cat([text[name] for text in texts]) for name in texts[0]},
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             height=settings.resolution,
@@ -81,10 +97,67 @@ def sample(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chosen]],
             output_type="np",
         ).images
-        if not np.isfinite(output).all():
-            raise ArithmeticError(f"sampling {prompts[chosen]} gave pixels that are not finite: try precision fp32")
+        broken = {
+            seed: prompt
+            for seed, prompt, pixels in zip(seeds[chosen], prompts[chosen], output, strict=True)
+            if not np.isfinite(pixels).all()
+        }
+        if broken:
+            named = ", ".join(f"{prompt!r} with seed {seed}" for seed, prompt in broken.items())
+            raise ArithmeticError(f"pixels are not finite in the images of {named}: try precision fp32")
         images += pipeline.image_processor.numpy_to_pil(output)
     return images
+
+
+_EMBEDDINGS = (
+    *("prompt_embeds", "negative_prompt_embeds"),
+    *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+)
+"""What diffusers' `encode_prompt` returns, in order, by the names under which the pipelines take it back."""
+
+
+@torch.no_grad()
+def _encode(pipeline: Any, prompt: str, settings: SamplerSettings) -> dict[str, Tensor]:
+    encoded = pipeline.encode_prompt(
+        prompt=prompt,
+        device=pipeline.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=settings.guidance > 1,  # as in the pipelines themselves
+    )
+    return {name: value for name, value in zip(_EMBEDDINGS, encoded, strict=False) if value is not None}
+
+
+def probe_batch(backbone: Backbone, settings: SamplerSettings, gpus: float) -> int:
+    """The largest batch, a power of two, that a sampler with this share of a CUDA device draws and encodes.
+
+    A tenth of the memory is left free. Raises ValueError when not even one image fits. Meant for a process of its own,
+    which gives the device's memory back when it ends.
+    """
+    device = torch.device("cuda")
+    torch.cuda.set_per_process_memory_fraction(0.9 * gpus)
+    pipeline = load_pipeline(backbone, settings, device)
+
+    def fits(batch: int) -> bool:
+        try:
+            images = sample(pipeline, ["a"] * batch, range(batch), replace(settings, batch=batch, steps=2))
+            backbone.encode_images(pipeline.vae, to_pixels(images).to(device))
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        return True
+
+    return largest_power(fits)
+
+
+def largest_power(fits: Callable[[int], bool], limit: int = 64) -> int:
+    """The largest power of two up to `limit` that fits, found by doubling; ValueError when 1 does not."""
+    if not fits(1):
+        raise ValueError("not even one image fits on the device: lower --resolution, or use a larger device")
+    batch = 1
+    while batch < limit and fits(2 * batch):
+        batch *= 2
+    return batch
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:

@@ -1,7 +1,7 @@
 """The subject store: backbones once, and for each subject its identifier and immutable versions.
 
     STORE/backbones/HASH/...                     base weights; there when HASH/backbone.json is
-    STORE/priors/KEY/NNNNNN.parquet              class-prior sets, shared by every subject of a class
+    STORE/priors/KEY/NNNNNN.parquet              class-prior sets, shared by all subjects of a class, and a preview.png
     STORE/subjects/NAME/subject.json             the subject's identifier, kept across versions
     STORE/subjects/NAME/versions/ID/...          what changed against the backbone; there when ID/manifest.json is
     STORE/runs/KEY/...                           work in progress: checkpoints, TensorBoard events

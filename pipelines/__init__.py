@@ -1,1 +1,1 @@
-"""The Ray jobs: each module has one public function and runs as a script under `ray job submit`."""
+"""The Ray jobs: `personalize.py` and its stages, each of which can be run alone from plain values and a store."""

@@ -35,7 +35,8 @@ from dreambooth.store import SubjectStore
 from dreambooth.streams import integer, normal, shuffled
 from pipelines import training_set
 from pipelines.console import Display, Stage
-from pipelines.plan import Run
+from pipelines.losses import LossLog
+from pipelines.run import Run
 
 _FLUSH_EVERY = 5
 _RETRIES = 2
@@ -229,23 +230,6 @@ def read_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]]:
         with safe_open(folder / f"state-{rank:05d}-of-{meta['files']:05d}.safetensors", "pt") as file:
             state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     return meta["step"], state
-
-
-class LossLog:
-    """An actor that holds the losses of finished steps until the driver takes them."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self._points: list[tuple[int, float, float]] = []
-
-    def add(self, first: int, rows: list[list[float]]) -> None:
-        """Add the (instance, prior) losses of consecutive steps from `first` on."""
-        self._points += [(step, *row) for step, row in enumerate(rows, start=first)]  # type: ignore[misc]
-
-    def take(self) -> list[tuple[int, float, float]]:
-        """The (step, instance, prior) points that came since the last call."""
-        points, self._points = self._points, []
-        return points
 
 
 # -- the driver's side -------------------------------------------------------------------------------------------------

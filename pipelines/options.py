@@ -22,7 +22,9 @@ class SubjectOptions:
     images: tuple[str, ...] = ()
     """Instance images: a folder, glob, file or URI, or several of them. 3-5 photos are usual."""
     class_noun: str | None = None
-    """What the subject is, for example "dog"."""
+    """What the subject is, for example "dog". By default the noun that --class-noun-judge finds."""
+    class_noun_judge: str | None = None
+    """CLIP model that finds missing class nouns: a folder or hub id."""
     identifier: str | None = None
     """The rare token(s) [V] that will name the subject. By default found by the paper's rule."""
     manifest: str | None = None
@@ -53,10 +55,14 @@ class PriorOptions:
     """Sampler steps an image. By default the backbone's preset."""
     prior_guidance: float | None = None
     """Guidance scale. By default the backbone's preset."""
-    prior_batch: int = 8
-    """Images drawn at once; part of what determines an image, down to rounding."""
+    prior_batch: int | Literal["auto"] = 8
+    """Images drawn at once; part of what determines an image, down to rounding. "auto" probes this machine's GPU."""
     prior_scheduler: str = "EulerAncestralDiscreteScheduler"
     """diffusers scheduler class; the default is ancestral, as in the paper."""
+    prior_compile: bool = False
+    """Run the denoiser through torch.compile: slower to start, faster an image."""
+    prior_workers: int | None = None
+    """Samplers at work, each with the resources of a training worker. By default all that the cluster has room for."""
 
 
 @dataclass(frozen=True)

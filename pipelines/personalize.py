@@ -11,14 +11,17 @@ from pipelines.console import Display, quiet_libraries
 
 quiet_libraries()
 
+import shlex  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 from dreambooth.store import SubjectStore, Version  # noqa: E402
+from pipelines.describe import describe  # noqa: E402
 from pipelines.options import Options, parse  # noqa: E402
-from pipelines.plan import Plan, PlannedSubject, describe, make_plan  # noqa: E402
+from pipelines.plan import Plan, make_plan  # noqa: E402
+from pipelines.run import PlannedSubject  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ def run_plan(plan: Plan, display: Display) -> list[Outcome]:
     """Carry out a plan."""
     outcomes = {name: Outcome(name, None, reason) for name, reason in plan.failures.items()}
     for planned in plan.subjects:
+        if planned.found_noun is not None:
+            display.say(f"{planned.run.subject} is a {planned.found_noun}; --class-noun overrides it")
         if (version := plan.store.version(planned.run.subject, planned.run.version)) is not None:
             display.say(f"{planned.run.subject}@{version.id} is published already: nothing to do")
             outcomes[planned.run.subject] = Outcome(planned.run.subject, version)
@@ -60,7 +65,6 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
     from pipelines.training_set import encode_training_sets
 
     store, lane = plan.store, waiting[0].run.lane
-    outcomes = []
     with ray_session(lane, plan.options.run.verbose) as line:
         display.say(line)
         check_reachable(store)
@@ -68,7 +72,14 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
         for planned in waiting:
             store.claim_identifier(planned.run.subject, planned.run.identifier)
         wanted = [(one.run.prior, one.run.training.prior_images) for one in waiting if one.run.prior is not None]
-        generate_priors(store, wanted, lane, display)
+        unmade = generate_priors(store, wanted, lane, display, plan.options.prior.prior_workers)
+        stopped = {
+            one.run.subject: unmade[one.run.prior.key]
+            for one in waiting
+            if one.run.prior and one.run.prior.key in unmade
+        }
+        outcomes = [Outcome(subject, None, reason) for subject, reason in stopped.items()]
+        waiting = [one for one in waiting if one.run.subject not in stopped]
         encode_training_sets(store, waiting, lane, display)
         for planned in waiting:
             run = planned.run
@@ -99,7 +110,7 @@ def _report(outcomes: Sequence[Outcome], store: SubjectStore, display: Display) 
         display.say(f"{outcome.subject}@{version.id} is published")
         display.say(f"  version        {version.location}")
         display.say(f"  contact sheet  {version.location / 'contact_sheet.png'}")
-        display.say(f"  serve it       serve run serve.app:app store={store.root}")
+        display.say(f"  serve it       serve run serve.app:app {shlex.quote(f'store={store.root}')}")
     failed = [outcome.subject for outcome in outcomes if outcome.version is None]
     display.say(f"{len(outcomes) - len(failed)} published, {len(failed)} failed" + "".join(f"  {n}" for n in failed))
     return 1 if failed else 0

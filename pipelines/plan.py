@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
 from typing import Any
 
 import psutil
 import torch
 
 from dreambooth.backbones import Backbone, open_backbone
+from dreambooth.class_noun import FoundNoun, find_class_noun
 from dreambooth.identifier import Identifier, check_identifier, find_identifier
+from dreambooth.judges.clip import ClipJudge
 from dreambooth.memory import MemoryPlan, plan_memory
 from dreambooth.presets import preset_of
 from dreambooth.prior_set import PriorSet
-from dreambooth.prompts import class_prompt, default_samples, fill, instance_prompt
-from dreambooth.sampling import SamplerSettings, scheduler_class
-from dreambooth.storage import digest
+from dreambooth.prompts import class_prompt, default_samples, fill
+from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
 from pipelines.options import Options
+from pipelines.run import Lane, PlannedSubject, Run, Training
 
 GIB = 2**30
 
 _POSITIVE = (
-    *("resolution", "prior_images", "prior_steps", "prior_batch", "steps", "learning_rate", "batch"),
+    *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
     *("gradient_accumulation", "min_snr_gamma", "checkpoint_every", "workers", "cpus_per_worker"),
     *("device_memory", "sample_steps"),
 )
@@ -34,88 +37,6 @@ _NOT_NEGATIVE = (
     *("prior_weight", "weight_decay", "max_grad_norm", "gpus_per_worker"),
     *("prior_guidance", "sample_guidance", "seed"),
 )
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of the fine-tuning that determine its result."""
-
-    trained: tuple[str, ...]
-    resolution: int
-    steps: int
-    learning_rate: float
-    batch: int
-    gradient_accumulation: int
-    prior_weight: float
-    prior_images: int
-    min_snr_gamma: float | None
-    weight_decay: float
-    max_grad_norm: float
-    precision: str
-    gradient_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class Lane:
-    """The worker group that trains: its size and how ZeRO shards over it. Part of the arithmetic, down to rounding."""
-
-    workers: int
-    cpus_per_worker: int
-    gpus_per_worker: float
-    zero_stage: int
-    offload: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """One subject to be personalized: a pure value, from which every stage can be run alone, anywhere."""
-
-    subject: str
-    class_noun: str
-    identifier: str
-    token_ids: tuple[int, ...]
-    images: tuple[tuple[str, str], ...]
-    """(name, SHA-256) of each instance image."""
-    backbone: str
-    """The backbone's hash."""
-    training: Training
-    lane: Lane
-    prior: PriorSet | None
-    samples: SamplerSettings
-    sample_prompts: tuple[str, ...]
-    seed: int
-
-    @cached_property
-    def key(self) -> str:
-        """The content address of the run; the version that it publishes bears its first 12 digits."""
-        return digest(self.as_dict(), 32)
-
-    @property
-    def version(self) -> str:
-        """The id of the version."""
-        return self.key[:12]
-
-    @property
-    def instance_prompt(self) -> str:
-        """a [V] [class noun]."""
-        return instance_prompt(self.identifier, self.class_noun)
-
-    @property
-    def class_prompt(self) -> str:
-        """a [class noun]."""
-        return class_prompt(self.class_noun)
-
-    def as_dict(self) -> dict[str, Any]:
-        """A JSON-like form."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PlannedSubject:
-    """A subject with its images read, and its run."""
-
-    subject: Subject
-    run: Run
 
 
 @dataclass(frozen=True)
@@ -161,11 +82,12 @@ def make_plan(options: Options) -> Plan:
         )
     store = SubjectStore(options.run.store)
     specs = _specs(options)
+    prior_sampler = _prior_sampler(options, backbone, training, lane) if training.prior_images else None
     subjects, failures = [], {}
     taken: set[str] = set()
     for spec in specs:
         try:
-            planned = _plan_subject(options, spec, backbone, store, training, lane, taken)
+            planned = _plan_subject(options, spec, backbone, store, training, lane, prior_sampler, taken)
         except ValueError as error:
             if options.subject.manifest is None:
                 raise
@@ -200,6 +122,8 @@ def _check_numbers(options: Options) -> None:
     for name in _NOT_NEGATIVE:
         if values[name] is not None and not values[name] >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, not {values[name]}")
+    if options.prior.prior_batch != "auto" and not options.prior.prior_batch > 0:
+        raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
     scheduler_class(options.prior.prior_scheduler)
     if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
         raise ValueError("--offload cpu needs --zero-stage 1, 2 or 3")
@@ -260,8 +184,11 @@ def _specs(options: Options) -> list[SubjectSpec]:
         from dreambooth.embedded import sample_subject
 
         return [sample_subject()]
-    if chosen.class_noun is None:
-        raise ValueError('--class-noun is missing: say what the images show, for example --class-noun "dog"')
+    if chosen.class_noun is None and chosen.class_noun_judge is None:
+        raise ValueError(
+            '--class-noun is missing: say what the images show, for example --class-noun "dog", or name a CLIP model '
+            "that finds it, for example --class-noun-judge openai/clip-vit-large-patch14"
+        )
     name = chosen.subject or _name_from(chosen.images[0])
     return [SubjectSpec(name, chosen.images, chosen.class_noun, chosen.identifier, ())]
 
@@ -282,11 +209,10 @@ def _plan_subject(
     store: SubjectStore,
     training: Training,
     lane: Lane,
+    prior_sampler: SamplerSettings | None,
     taken: set[str],
 ) -> PlannedSubject:
-    if spec.class_noun is None:
-        raise ValueError(f"subject {spec.name!r} has no class noun: give it in the manifest")
-    subject = load_subject(spec.name, spec.images, spec.class_noun)
+    subject, found_noun = _load(options, spec)
     identifier = _identifier(options, spec, backbone, store, taken)
     preset = preset_of(backbone)
     sampling: dict[str, Any] = {
@@ -295,15 +221,8 @@ def _plan_subject(
         "precision": training.precision,
     }
     prior = None
-    if training.prior_images:
-        sampler = SamplerSettings(
-            steps=options.prior.prior_steps or preset.sampler_steps,
-            guidance=_or(options.prior.prior_guidance, preset.guidance),
-            batch=options.prior.prior_batch,
-            scheduler=options.prior.prior_scheduler,
-            **sampling,
-        )
-        prior = PriorSet(backbone.hash, class_prompt(subject.class_noun), sampler, options.run.seed)
+    if prior_sampler is not None:
+        prior = PriorSet(backbone.hash, class_prompt(subject.class_noun), prior_sampler, options.run.seed)
     samples = SamplerSettings(
         steps=options.samples.sample_steps or preset.sampler_steps,
         guidance=_or(options.samples.sample_guidance, preset.guidance),
@@ -327,7 +246,45 @@ def _plan_subject(
         sample_prompts=prompts,
         seed=options.run.seed,
     )
-    return PlannedSubject(subject, run)
+    return PlannedSubject(subject, run, found_noun)
+
+
+def _load(options: Options, spec: SubjectSpec) -> tuple[Subject, FoundNoun | None]:
+    if spec.class_noun is not None:
+        return load_subject(spec.name, spec.images, spec.class_noun), None
+    if options.subject.class_noun_judge is None:
+        raise ValueError(
+            f"subject {spec.name!r} has no class noun: give it in the manifest, or name a CLIP model that finds it "
+            "with --class-noun-judge"
+        )
+    subject = load_subject(spec.name, spec.images, "subject")
+    found = find_class_noun(_judge(options.subject.class_noun_judge), [image.pixels() for image in subject.images])
+    return replace(subject, class_noun=found.noun), found
+
+
+@cache
+def _judge(source: str) -> ClipJudge:
+    return ClipJudge(source)
+
+
+def _prior_sampler(options: Options, backbone: Backbone, training: Training, lane: Lane) -> SamplerSettings:
+    chosen, preset = options.prior, preset_of(backbone)
+    settings = SamplerSettings(
+        resolution=training.resolution,
+        steps=chosen.prior_steps or preset.sampler_steps,
+        guidance=_or(chosen.prior_guidance, preset.guidance),
+        batch=1 if chosen.prior_batch == "auto" else chosen.prior_batch,
+        threads=lane.cpus_per_worker,
+        precision=training.precision,
+        scheduler=chosen.prior_scheduler,
+        compile=chosen.prior_compile,
+    )
+    if chosen.prior_batch != "auto":
+        return settings
+    if not (lane.gpus_per_worker and torch.cuda.is_available()):
+        raise ValueError("--prior-batch auto probes a GPU, and this machine has none to give: give a number")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return replace(settings, batch=pool.submit(probe_batch, backbone, settings, lane.gpus_per_worker).result())
 
 
 def _or(value: float | None, default: float) -> float:
@@ -373,58 +330,3 @@ def disk_bytes(plan: Plan) -> int:
     """What the run will write at most: the backbone once, two checkpoints and one more in flight, and each version."""
     parameters = plan.memory.parameters
     return sum(plan.backbone.files.values()) + 3 * 12 * parameters + 4 * parameters * len(plan.subjects)
-
-
-def describe(plan: Plan) -> Iterator[str]:
-    """The plan as lines of text."""
-    yield "Configuration"
-    for name, value in plan.options.as_dict().items():
-        if value not in (None, (), False):
-            yield f"  {name:24} {value}"
-    yield "Backbone"
-    yield f"  {plan.backbone.source} ({plan.backbone.family}), hash {plan.backbone.hash[:12]}"
-    for planned in plan.subjects:
-        yield from _describe_subject(planned)
-    for name, reason in plan.failures.items():
-        yield f"Subject {name} cannot be personalized: {reason}"
-    if plan.subjects:
-        yield "Training"
-        for name, value in {**asdict(plan.subjects[0].run.training), **asdict(plan.subjects[0].run.lane)}.items():
-            yield f"  {name:24} {value}"
-    yield "Class-prior images"
-    for prompt, (wanted, present) in plan.missing_priors().items():
-        yield f"  {prompt!r}: {wanted} wanted, {present} already there, {wanted - present} to make"
-    yield from _describe_memory(plan)
-
-
-def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
-    subject, run = planned.subject, planned.run
-    yield f"Subject {subject.name}"
-    yield f"  images        {len(subject.images)}: {', '.join(image.name for image in subject.images)}"
-    for skipped in subject.skipped:
-        yield f"  passed over   {skipped}"
-    for warning in subject.warnings:
-        yield f"  note          {warning}"
-    yield f"  identifier    {run.identifier!r}, token ids {list(run.token_ids)}"
-    yield f"  prompts       {run.instance_prompt!r}; class {run.class_prompt!r}"
-    yield f"  version       {run.subject}@{run.version}"
-
-
-def _describe_memory(plan: Plan) -> Iterator[str]:
-    memory, stage = plan.memory, plan.options.cluster.zero_stage
-    yield f"Memory per device (ZeRO stage {stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
-    for name in ("weights", "gradients", "optimizer_states", "activations", "total"):
-        yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
-    if memory.offloaded:
-        yield f"  {'offloaded to host':18} {_size(memory.offloaded):>12}"
-    if plan.device_bytes is None:
-        yield "  this machine sees no GPU: give --device-memory GIB to learn whether it fits"
-    else:
-        verdict = "fits" if memory.total <= plan.device_bytes else "DOES NOT FIT"
-        yield f"  {verdict} in {_size(plan.device_bytes)}"
-    free = plan.store.free_bytes()
-    yield f"Disk: about {_size(disk_bytes(plan))} of {_size(free) if free is not None else 'an object store'}"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

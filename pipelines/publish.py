@@ -22,7 +22,7 @@ from dreambooth.store import SubjectStore, Version
 from dreambooth.subject import Subject, read_image
 from pipelines.console import Display, Stage
 from pipelines.finetune import read_checkpoint
-from pipelines.plan import PlannedSubject, Run
+from pipelines.run import PlannedSubject, Run
 
 _PRIORS_SHOWN = 6
 

@@ -17,17 +17,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import dreambooth
 import pipelines
 from dreambooth.store import SubjectStore
-from pipelines.plan import Lane
+from pipelines.run import Lane
 
 
 @contextmanager
 def ray_session(lane: Lane, verbose: bool) -> Iterator[str]:
-    """Connect as Ray's own rules say (a job's cluster, RAY_ADDRESS, a running local cluster) or start a local one.
+    """Join the cluster of the job that this is, or the one that RAY_ADDRESS names, or start a local one.
 
     Yields a line that tells which, and where the logs are. Raises ValueError when a cluster of our own is too small.
     """
     with contextlib.nullcontext("this terminal") if verbose else _stderr_to_file() as log:
         context = ray.init(
+            # Left to itself Ray also tries the cluster last started here, and waits for minutes when it is gone.
+            address=None if _joins_a_cluster() else "local",
             log_to_driver=verbose,
             logging_level="INFO" if verbose else "ERROR",
             runtime_env=_code_to_ship(),
@@ -35,8 +37,7 @@ def ray_session(lane: Lane, verbose: bool) -> Iterator[str]:
         )
         try:
             address, session = context.address_info["address"], context.address_info["session_dir"]
-            _check_resources(lane)
-            yield f"Ray cluster at {address}; logs in {session}/logs and {log}"
+            yield f"Ray cluster at {address}; logs in {session}/logs and {log}{_check_resources(lane)}"
         finally:
             ray.shutdown()
 
@@ -57,32 +58,31 @@ def _stderr_to_file() -> Iterator[str]:
         os.close(terminal)
 
 
+def _joins_a_cluster() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
 def _code_to_ship() -> dict[str, Any] | None:
     """The project's packages, when the cluster's nodes may lack them; a submitted job brings its working directory."""
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if in_job or address == "local":
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not _joins_a_cluster():
         return None
     packages = [Path(module.__file__ or "").parent for module in (dreambooth, pipelines)]
     return {"py_modules": [str(package) for package in packages]}
 
 
-def _check_resources(lane: Lane) -> None:
+def _check_resources(lane: Lane) -> str:
+    """What a joined cluster still lacks, as an autoscaler may bring it; on this machine alone it is an error."""
     have = ray.cluster_resources()
+    waits = ""
     for name, each in (("CPU", lane.cpus_per_worker), ("GPU", lane.gpus_per_worker)):
         wanted = each * lane.workers
-        if wanted > have.get(name, 0) and not _may_grow():
-            raise ValueError(
-                f"--workers {lane.workers} needs {wanted:g} {name}s, and this cluster has {have.get(name, 0):g}: "
-                f"lower --workers or --{name.lower()}s-per-worker"
-            )
-
-
-def _may_grow() -> bool:
-    """Whether an autoscaler could add nodes."""
-    return (
-        any(node["Resources"].get("autoscaler", 0) for node in ray.nodes()) or "KUBERAY_GEN_RAY_START_CMD" in os.environ
-    )
+        if wanted <= have.get(name, 0):
+            continue
+        lack = f"--workers {lane.workers} needs {wanted:g} {name}s, and there are {have.get(name, 0):g}"
+        if not _joins_a_cluster():
+            raise ValueError(f"{lack}: lower --workers or --{name.lower()}s-per-worker")
+        waits += f"; waiting for more nodes: {lack}"
+    return waits
 
 
 def check_reachable(store: SubjectStore) -> None:

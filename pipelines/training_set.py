@@ -25,7 +25,7 @@ from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, square_crop
 from pipelines.console import Display
-from pipelines.plan import Lane, PlannedSubject, Run
+from pipelines.run import Lane, PlannedSubject, Run
 
 HALVES = ("instance", "prior")
 

@@ -20,7 +20,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from pipelines.plan import Lane, Training
+from pipelines.run import Lane, Training
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, besides the step."""

@@ -21,7 +21,7 @@ import ray  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dreambooth.storage import Location  # noqa: E402
-from tests.small_models import write_sdxl, write_stable_diffusion  # noqa: E402
+from tests.small_models import write_clip, write_sdxl, write_stable_diffusion  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +36,12 @@ def small_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small Stable Diffusion that predicts v."""
     return write_stable_diffusion(tmp_path_factory.mktemp("backbones") / "sd", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small CLIP."""
+    return write_clip(tmp_path_factory.mktemp("judges") / "clip")
 
 
 @pytest.fixture(scope="session")

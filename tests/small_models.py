@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -13,7 +14,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from dreambooth.embedded.untrained import make_tokenizer
 
@@ -108,3 +118,22 @@ def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def write_clip(folder: Path) -> Path:
+    """A CLIP folder for 32x32 pixels with its processor, at the temperature at which CLIP's training ends."""
+    torch.manual_seed(3)
+    tokenizer = make_tokenizer(2000)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=_text_config(tokenizer, 16).to_dict(),
+            vision_config={**vision, "image_size": 32, "patch_size": 8, "projection_dim": 16},
+            projection_dim=16,
+            logit_scale_init_value=math.log(100),
+        )
+    )
+    processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32), tokenizer)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -44,6 +44,7 @@ OTHER_SETTINGS: dict[str, Any] = {
     "threads": 2,
     "precision": "bf16",
     "scheduler": None,
+    "compile": True,
 }
 OTHERS = [
     replace(PRIOR, backbone="another's"),
@@ -60,7 +61,7 @@ def test_the_key_depends_on_every_field() -> None:
 
 
 def test_the_key_keeps_its_value() -> None:
-    assert PRIOR.key == "6f9eb68555955789e93669fd2f3b65f2"
+    assert PRIOR.key == "347e9ed9889f1c3d0e0146fb6a536ced"
 
 
 @pytest.mark.parametrize("prior", [PRIOR, *OTHERS])
@@ -91,7 +92,7 @@ def test_seeds_belong_to_the_image(shard: int, batch: int) -> None:
 
 
 def test_a_sets_first_seeds_keep_their_values() -> None:
-    assert PRIOR.seeds(0) == [3800762006, 3800762007, 3800762008, 3800762009]
+    assert PRIOR.seeds(0) == [4049318497, 4049318498, 4049318499, 4049318500]
 
 
 def test_what_is_written_is_read_back_exactly(place: Location) -> None:
@@ -161,3 +162,28 @@ def test_shards_are_plain_parquet_with_the_schema(place: Location) -> None:
     PRIOR.write_shard(place, 0, *drawn(0))
     data = (PRIOR.location(place) / "000000.parquet").read_bytes()
     assert pq.read_table(io.BytesIO(data)).schema.equals(SCHEMA)
+
+
+def test_noise_belongs_to_the_image_and_not_to_the_batch() -> None:
+    def seeds(prior: PriorSet, count: int) -> list[int]:
+        return [seed for shard in prior.shards(count) for seed in prior.seeds(shard)][:count]
+
+    expected = seeds(PRIOR, 24)
+    for batch in (1, 3, 8):
+        assert seeds(of_batch(batch), 24) == expected
+    assert not set(expected) & set(seeds(replace(PRIOR, prompt="a cat"), 24))
+    assert not set(expected) & set(seeds(replace(PRIOR, seed=1), 24))
+
+
+def test_a_preview_shows_the_first_images(place: Location) -> None:
+    def size(preview: Location) -> tuple[int, int]:
+        return Image.open(io.BytesIO(preview.read_bytes())).size
+
+    PRIOR.write_shard(place, 0, *drawn(0))
+    few = size(PRIOR.write_preview(place, 4))
+    for shard in range(1, 8):
+        PRIOR.write_shard(place, shard, *drawn(shard))
+    many = size(PRIOR.write_preview(place, 32))
+    assert many[0] == few[0]
+    assert many[1] > 3 * (few[1] - 100)
+    assert PRIOR.present(place) == set(range(8))

@@ -15,8 +15,9 @@ from dreambooth.store import SubjectStore
 from pipelines.console import Display
 from pipelines.finetune import finetune, read_checkpoint
 from pipelines.options import parse
-from pipelines.plan import Run, make_plan
+from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
+from pipelines.run import Run
 from pipelines.training_set import encode_training_sets, location_of
 
 pytestmark = pytest.mark.usefixtures("local_ray")

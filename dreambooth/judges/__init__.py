@@ -1,0 +1,1 @@
+"""Judges: frozen encoders that score pictures. Every score names the judge that gave it."""

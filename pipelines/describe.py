@@ -1,0 +1,66 @@
+"""The plan in words: what `--dry-run` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from pipelines.plan import GIB, Plan, disk_bytes
+from pipelines.run import PlannedSubject
+
+
+def describe(plan: Plan) -> Iterator[str]:
+    """The plan as lines of text."""
+    yield "Configuration"
+    for name, value in plan.options.as_dict().items():
+        if value not in (None, (), False):
+            yield f"  {name:24} {value}"
+    yield "Backbone"
+    yield f"  {plan.backbone.source} ({plan.backbone.family}), hash {plan.backbone.hash[:12]}"
+    for planned in plan.subjects:
+        yield from _describe_subject(planned)
+    for name, reason in plan.failures.items():
+        yield f"Subject {name} cannot be personalized: {reason}"
+    if plan.subjects:
+        yield "Training"
+        for name, value in {**asdict(plan.subjects[0].run.training), **asdict(plan.subjects[0].run.lane)}.items():
+            yield f"  {name:24} {value}"
+    yield "Class-prior images"
+    for prompt, (wanted, present) in plan.missing_priors().items():
+        yield f"  {prompt!r}: {wanted} wanted, {present} already there, {wanted - present} to make"
+    yield from _describe_memory(plan)
+
+
+def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
+    subject, run = planned.subject, planned.run
+    yield f"Subject {subject.name}"
+    yield f"  images        {len(subject.images)}: {', '.join(image.name for image in subject.images)}"
+    for skipped in subject.skipped:
+        yield f"  passed over   {skipped}"
+    for warning in subject.warnings:
+        yield f"  note          {warning}"
+    yield f"  identifier    {run.identifier!r}, token ids {list(run.token_ids)}"
+    if planned.found_noun is not None:
+        yield f"  class noun    {planned.found_noun}; --class-noun overrides it"
+    yield f"  prompts       {run.instance_prompt!r}; class {run.class_prompt!r}"
+    yield f"  version       {run.subject}@{run.version}"
+
+
+def _describe_memory(plan: Plan) -> Iterator[str]:
+    memory, stage = plan.memory, plan.options.cluster.zero_stage
+    yield f"Memory per device (ZeRO stage {stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
+    for name in ("weights", "gradients", "optimizer_states", "activations", "total"):
+        yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
+    if memory.offloaded:
+        yield f"  {'offloaded to host':18} {_size(memory.offloaded):>12}"
+    if plan.device_bytes is None:
+        yield "  this machine sees no GPU: give --device-memory GIB to learn whether it fits"
+    else:
+        verdict = "fits" if memory.total <= plan.device_bytes else "DOES NOT FIT"
+        yield f"  {verdict} in {_size(plan.device_bytes)}"
+    free = plan.store.free_bytes()
+    yield f"Disk: about {_size(disk_bytes(plan))} of {_size(free) if free is not None else 'an object store'}"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,98 @@
+"""A run: one subject, its settings and its workers as plain values, which any stage can take to any machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from dreambooth.class_noun import FoundNoun
+from dreambooth.prior_set import PriorSet
+from dreambooth.prompts import class_prompt, instance_prompt
+from dreambooth.sampling import SamplerSettings
+from dreambooth.storage import digest
+from dreambooth.subject import Subject
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the fine-tuning that determine its result."""
+
+    trained: tuple[str, ...]
+    resolution: int
+    steps: int
+    learning_rate: float
+    batch: int
+    gradient_accumulation: int
+    prior_weight: float
+    prior_images: int
+    min_snr_gamma: float | None
+    weight_decay: float
+    max_grad_norm: float
+    precision: str
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The worker group that trains: its size and how ZeRO shards over it. Part of the arithmetic, down to rounding."""
+
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+    zero_stage: int
+    offload: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One subject to be personalized: a pure value, from which every stage can be run alone, anywhere."""
+
+    subject: str
+    class_noun: str
+    identifier: str
+    token_ids: tuple[int, ...]
+    images: tuple[tuple[str, str], ...]
+    """(name, SHA-256) of each instance image."""
+    backbone: str
+    """The backbone's hash."""
+    training: Training
+    lane: Lane
+    prior: PriorSet | None
+    samples: SamplerSettings
+    sample_prompts: tuple[str, ...]
+    seed: int
+
+    @cached_property
+    def key(self) -> str:
+        """The content address of the run; the version that it publishes bears its first 12 digits."""
+        return digest(self.as_dict(), 32)
+
+    @property
+    def version(self) -> str:
+        """The id of the version."""
+        return self.key[:12]
+
+    @property
+    def instance_prompt(self) -> str:
+        """a [V] [class noun]."""
+        return instance_prompt(self.identifier, self.class_noun)
+
+    @property
+    def class_prompt(self) -> str:
+        """a [class noun]."""
+        return class_prompt(self.class_noun)
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-like form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PlannedSubject:
+    """A subject with its images read, and its run."""
+
+    subject: Subject
+    run: Run
+    found_noun: FoundNoun | None = None
+    """Where the class noun comes from when nobody gave one."""

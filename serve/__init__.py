@@ -1,0 +1,1 @@
+"""Serving: published subjects behind an HTTP API on Ray Serve."""

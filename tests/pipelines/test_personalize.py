@@ -1,0 +1,141 @@
+"""The main job, from the command line: photos in, a published model out that plain diffusers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+
+from dreambooth.store import SubjectStore, Version
+from tests.conftest import ROOT
+
+SHORT = "--steps 6 --batch 2 --workers 2 --prior-images 4 --prior-batch 4 --prior-steps 3 --sample-steps 3"
+
+
+def personalize(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "pipelines/personalize.py", *map(str, arguments), *SHORT.split()]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+def draw_with_plain_diffusers(backbone: Path, version: Version, number: int) -> np.ndarray:
+    """Sample `number` of a version again, by nothing but diffusers, transformers and the published files."""
+    assert version.location.local is not None
+    index = json.loads((backbone / "model_index.json").read_text())
+    networks = {}
+    for component in version.components:
+        library = diffusers if index[component][0] == "diffusers" else transformers
+        kind = getattr(library, index[component][1])
+        networks[component] = kind.from_pretrained(version.location.local / component)
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(backbone, **networks)
+    sample = version.manifest["samples"][number]
+    torch.set_num_threads(1)
+    drawn = pipeline(
+        prompt=sample["prompt"],
+        num_inference_steps=version.manifest["run"]["samples"]["steps"],
+        guidance_scale=version.manifest["run"]["samples"]["guidance"],
+        generator=torch.Generator().manual_seed(sample["seed"]),
+    )
+    return np.asarray(drawn.images[0])
+
+
+def published_sample(version: Version, number: int) -> np.ndarray:
+    assert version.location.local is not None
+    return np.asarray(Image.open(version.location.local / version.manifest["samples"][number]["file"]))
+
+
+def changed(backbone: Path, version: Version, component: str) -> list[bool]:
+    """For each published tensor of a component, whether it differs from the backbone's."""
+    assert version.location.local is not None
+    [published] = (version.location.local / component).glob("*.safetensors")
+    [original] = (backbone / component).glob("*.safetensors")
+    before, after = load_file(original), load_file(published)
+    assert before.keys() == after.keys()
+    return [not torch.equal(before[name], after[name]) for name in after]
+
+
+def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
+    photos: Path, small_stable_diffusion: Path, tmp_path: Path
+) -> None:
+    done = personalize(
+        "--images", photos, "--class-noun", "mug", "--backbone", small_stable_diffusion, "--store", tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 published, 0 failed" in done.stdout
+    [version] = SubjectStore(tmp_path).versions("mug")
+    assert version.components == ["unet"]
+    assert all(changed(small_stable_diffusion, version, "unet"))
+    for number in (0, 3):
+        plain = draw_with_plain_diffusers(small_stable_diffusion, version, number)
+        assert np.array_equal(plain, published_sample(version, number))
+    assert version.location.local is not None
+    assert Image.open(version.location.local / "contact_sheet.png").width > 1000
+    [events] = tmp_path.glob("runs/*/tensorboard/events.*")
+    assert events.stat().st_size > 0
+    # What the libraries below have to say goes to files.
+    assert done.stderr == ""
+    assert "INFO" not in done.stdout
+    assert "WARNING" not in done.stdout
+
+
+@pytest.fixture
+def manifest(dreambench: Path, tmp_path: Path) -> Path:
+    """Three subjects with real photos, one of them at its original size; the second has a corrupt photo."""
+    broken = tmp_path / "backpack"
+    broken.mkdir()
+    for photo in (dreambench / "subjects" / "backpack").glob("*.jpg"):
+        (broken / photo.name).write_bytes(photo.read_bytes())
+    (broken / "02.jpg").write_bytes((broken / "02.jpg").read_bytes()[:5000])
+    path = tmp_path / "subjects.yaml"
+    path.write_text(
+        "subjects:\n"
+        f"  - {{name: dog, images: ['{dreambench}/subjects/dog'], class_noun: dog}}\n"
+        f"  - {{name: backpack, images: ['{broken}'], class_noun: backpack}}\n"
+        f"  - {{name: sneaker, images: ['{dreambench}/originals/colorful_sneaker'], class_noun: sneaker}}\n"
+    )
+    return path
+
+
+def test_in_a_manifest_a_subject_with_a_corrupt_photo_leaves_the_others_alone(
+    manifest: Path, small_sdxl: Path, tmp_path: Path
+) -> None:
+    store = SubjectStore(tmp_path / "store")
+    done = personalize(
+        *("--manifest", manifest, "--backbone", small_sdxl, "--store", store.root),
+        *("--train-text-encoder", "--sample-prompts", "{subject} in the snow"),
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 published, 1 failed  backpack" in done.stdout
+    assert "02.jpg" in done.stdout
+    assert store.versions("backpack") == []
+    identifiers = set()
+    for subject in ("dog", "sneaker"):
+        [version] = store.versions(subject)
+        assert version.components == ["text_encoder", "text_encoder_2", "unet"]
+        assert all(changed(small_sdxl, version, "unet"))
+        # The last layer's output is not used by the penultimate hidden states of the first encoder.
+        assert any(changed(small_sdxl, version, "text_encoder"))
+        assert any(changed(small_sdxl, version, "text_encoder_2"))
+        plain = draw_with_plain_diffusers(small_sdxl, version, 0)
+        assert np.array_equal(plain, published_sample(version, 0))
+        identifiers.add(version.manifest["identifier"])
+    assert len(identifiers) == 2
+
+
+def test_more_workers_than_this_machine_has_is_bad_input(photos: Path, small_sdxl: Path, tmp_path: Path) -> None:
+    arguments = ["--images", photos, "--class-noun", "mug", "--backbone", small_sdxl, "--store", tmp_path]
+    done = personalize(*arguments, "--cpus-per-worker", "1000")
+    assert done.returncode == 2
+    assert "--workers 2 needs 2000 CPUs" in done.stderr
+    assert list(tmp_path.glob("*/*/*")) == []

@@ -1,0 +1,90 @@
+"""The plan: every default resolved, and what it says of a run before anything is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.options import parse
+from pipelines.personalize import main
+from pipelines.plan import Plan, make_plan
+
+
+def plan_of(photos: Path, backbone: Path, store: Path, *more: str) -> Plan:
+    arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(backbone), "--store", str(store)]
+    return make_plan(parse([*arguments, *more], ""))
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    photos: Path, small_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(small_sdxl), "--store", str(store)]
+    assert main([*arguments, "--prior-images", "10", "--zero-stage", "2", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for part in ("identifier", "token ids", "'a mug': 10 wanted, 0 already there, 10 to make", "ZeRO stage 2"):
+        assert part in text
+    for part in ("weights", "gradients", "optimizer states", "activations", "total", "fits in"):
+        assert part in text
+    assert not store.exists()
+
+
+def test_the_plan_tells_when_memory_does_not_suffice(
+    photos: Path, small_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(small_sdxl)]
+    assert main([*arguments, "--store", str(tmp_path), "--device-memory", "0.0001", "--dry-run"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_the_same_inputs_make_the_same_run_and_every_setting_another(
+    photos: Path, small_sdxl: Path, tmp_path: Path
+) -> None:
+    def key(*more: str, store: str = "a") -> str:
+        [planned] = plan_of(photos, small_sdxl, tmp_path / store, *more).subjects
+        return planned.run.key
+
+    same = {key(), key(), key(store="b"), key("--checkpoint-every", "7"), key("--verbose")}
+    others = {
+        key("--seed", "1"),
+        key("--steps", "9"),
+        key("--prior-weight", "0.5"),
+        key("--train-text-encoder"),
+        key("--workers", "1"),
+        key("--subject", "cup"),
+        key("--sample-prompts", "{subject} in the snow"),
+    }
+    assert len(same) == 1
+    assert len(others | same) == 8
+
+
+def test_a_subject_keeps_its_identifier_and_no_other_gets_it(photos: Path, small_sdxl: Path, tmp_path: Path) -> None:
+    [first] = plan_of(photos, small_sdxl, tmp_path, "--subject", "one").subjects
+    store = plan_of(photos, small_sdxl, tmp_path).store
+    store.claim_identifier("one", first.run.identifier)
+    [again] = plan_of(photos, small_sdxl, tmp_path, "--subject", "one", "--seed", "5").subjects
+    assert again.run.identifier == first.run.identifier
+    with pytest.raises(ValueError, match="belongs to another subject"):
+        plan_of(photos, small_sdxl, tmp_path, "--subject", "two", "--identifier", first.run.identifier)
+    for seed in range(5):
+        [other] = plan_of(photos, small_sdxl, tmp_path, "--subject", "two", "--seed", str(seed)).subjects
+        assert other.run.identifier != first.run.identifier
+
+
+def test_without_a_prior_term_there_are_no_prior_images(photos: Path, small_sdxl: Path, tmp_path: Path) -> None:
+    plan = plan_of(photos, small_sdxl, tmp_path, "--prior-weight", "0")
+    [planned] = plan.subjects
+    assert planned.run.prior is None
+    assert plan.missing_priors() == {}
+
+
+def test_a_backbone_without_a_batch_of_its_own_takes_its_familys_preset(
+    photos: Path, small_sdxl: Path, small_stable_diffusion: Path, tmp_path: Path
+) -> None:
+    [sdxl] = plan_of(photos, small_sdxl, tmp_path).subjects
+    [sd] = plan_of(photos, small_stable_diffusion, tmp_path, "--train-text-encoder").subjects
+    assert (sdxl.run.training.learning_rate, sdxl.run.training.trained) == (1e-6, ("unet",))
+    assert (sd.run.training.learning_rate, sd.run.training.trained) == (2e-6, ("unet", "text_encoder"))
+    assert replace(sd.run, seed=1).key != sd.run.key

@@ -1,0 +1,43 @@
+"""A store with three small versions, made without training."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth.backbones import open_backbone
+from dreambooth.sampling import SamplerSettings
+from dreambooth.store import SubjectStore, Version
+
+SAMPLES = SamplerSettings(resolution=32, steps=3, guidance=4.0, batch=1, threads=1, precision="fp32")
+
+OLD_MUG, MUG, DOG = ("mug", "1" * 12), ("mug", "2" * 12), ("dog", "3" * 12)
+CHANGED = {OLD_MUG: "unet", MUG: "unet", DOG: "text_encoder"}
+"""The network that each version changes, oldest version first."""
+
+
+def publish_all(store: SubjectStore, backbone_folder: Path) -> list[Version]:
+    """Publish versions of the backbone with noise of their own on every parameter of one network."""
+    backbone = open_backbone(backbone_folder)
+    store.add_backbone(backbone)
+    published = []
+    for (subject, version), component in CHANGED.items():
+        torch.manual_seed(int(version))
+        network: Any = backbone.load(component)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        lineage = {
+            "class_noun": subject,
+            "identifier": "sks",
+            "backbone": {"family": backbone.family, "hash": backbone.hash},
+            "run": {"samples": asdict(SAMPLES)},
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            network.save_pretrained(Path(folder) / component)
+            published.append(store.publish(subject, version, Path(folder), lineage, [component]))
+    return published
