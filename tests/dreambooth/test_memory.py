@@ -89,8 +89,11 @@ def test_activations_grow_with_rows_resolution_and_trained_networks_and_halve_in
     assert plan(backbone, precision="bf16", zero_stage=1).activations == pytest.approx(base / 2, rel=0.1)
 
 
-def test_gradient_checkpointing_keeps_a_fraction(backbone: Backbone) -> None:
-    assert plan(backbone, gradient_checkpointing=True).activations < 0.3 * plan(backbone).activations
+@pytest.mark.parametrize("with_text", [False, True])
+def test_gradient_checkpointing_keeps_a_fraction(backbone: Backbone, with_text: bool) -> None:
+    trained = all_trained(backbone, with_text)
+    whole = plan(backbone, trained).activations
+    assert plan(backbone, trained, gradient_checkpointing=True).activations < 0.3 * whole
 
 
 # Bytes a parameter, with 4 workers: weights, gradients, optimizer states.
