@@ -7,6 +7,7 @@ import os
 
 # A Ray cluster that happens to run on this machine is not the tests' to use.
 os.environ["RAY_ADDRESS"] = "local"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from pipelines.console import quiet_libraries
 

@@ -126,15 +126,8 @@ def trial(kill: Kill, seed: int, cluster: Cluster, folder: Path, backbone: Path,
     assert_whole(store, small_sets(backbone, steps=STEPS), COUNT, expected)
 
 
-@pytest.mark.parametrize("kill", KILLS)
-def test_sets_are_whole_after_a_kill(
-    kill: Kill, nodes: Cluster, tmp_path: Path, small_sdxl: Path, expected: Expected
-) -> None:
-    trial(kill, 0, nodes, tmp_path, small_sdxl, expected)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 1 + TRIALS))
+@pytest.mark.parametrize("seed", range(TRIALS))
 @pytest.mark.parametrize("kill", KILLS)
 def test_sets_are_whole_after_any_kill(
     kill: Kill, seed: int, nodes: Cluster, tmp_path: Path, small_sdxl: Path, expected: Expected
@@ -142,6 +135,7 @@ def test_sets_are_whole_after_any_kill(
     trial(kill, seed, nodes, tmp_path, small_sdxl, expected)
 
 
+@pytest.mark.slow
 def test_two_jobs_at_once_make_one_whole_set(
     place: Location, nodes: Cluster, small_sdxl: Path, expected: Expected
 ) -> None:

@@ -78,7 +78,7 @@ def test_every_parameter_moves(train: Callable[..., State], prepared: tuple[Subj
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_zero_stages_publish_the_same_weights(train: Callable[..., State], zero_stage: int) -> None:
     # Adam's first steps have size lr whatever the gradient, so rounding in near-zero gradients shows up to this size.
     assert largest_difference(train(zero_stage=zero_stage), train(zero_stage=2)) < 2e-4
@@ -86,3 +86,28 @@ def test_zero_stages_publish_the_same_weights(train: Callable[..., State], zero_
 
 def test_one_worker_and_two_with_the_same_global_batch_publish_the_same_weights(train: Callable[..., State]) -> None:
     assert largest_difference(train(zero_stage=2, workers=1), train(zero_stage=2)) < 2e-4
+
+
+@pytest.mark.slow
+def test_gradient_accumulation_publishes_the_same_weights(train: Callable[..., State]) -> None:
+    accumulated = train({"gradient_accumulation": 2}, zero_stage=2)
+    assert largest_difference(accumulated, train(zero_stage=2)) < 2e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_moves_the_masters_as_fp32_does(
+    train: Callable[..., State], prepared: tuple[SubjectStore, Run], zero_stage: int
+) -> None:
+    before, exact = base_parameters(prepared), train(zero_stage=2)
+    rounded = train({"precision": "bf16"}, zero_stage=zero_stage)
+    moved = torch.cat([(exact[name] - before[name]).flatten() for name in before])
+    moved_in_bf16 = torch.cat([(rounded[name] - before[name]).flatten() for name in before])
+    assert torch.cosine_similarity(moved, moved_in_bf16, dim=0) > 0.9
+    assert (moved_in_bf16 == 0).float().mean() < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_offloading_to_the_host_publishes_the_same_weights(train: Callable[..., State], zero_stage: int) -> None:
+    assert largest_difference(train(zero_stage=zero_stage, offload="cpu"), train(zero_stage=2)) < 2e-4

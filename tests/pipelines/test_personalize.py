@@ -68,9 +68,8 @@ def changed(backbone: Path, version: Version, component: str) -> list[bool]:
 def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
     photos: Path, small_stable_diffusion: Path, tmp_path: Path
 ) -> None:
-    done = personalize(
-        "--images", photos, "--class-noun", "mug", "--backbone", small_stable_diffusion, "--store", tmp_path
-    )
+    arguments = ["--images", photos, "--class-noun", "mug", "--backbone", small_stable_diffusion, "--store", tmp_path]
+    done = personalize(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 published, 0 failed" in done.stdout
     [version] = SubjectStore(tmp_path).versions("mug")
@@ -83,6 +82,9 @@ def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
     assert Image.open(version.location.local / "contact_sheet.png").width > 1000
     [events] = tmp_path.glob("runs/*/tensorboard/events.*")
     assert events.stat().st_size > 0
+    again = personalize(*arguments)
+    assert again.returncode == 0
+    assert "is published already: nothing to do" in again.stdout
     # What the libraries below have to say goes to files.
     assert done.stderr == ""
     assert "INFO" not in done.stdout
