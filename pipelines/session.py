@@ -30,7 +30,6 @@ def ray_session(lane: Lane, verbose: bool) -> Iterator[str]:
         context = ray.init(
             # Left to itself Ray also tries the cluster last started here, and waits for minutes when it is gone.
             address=None if _joins_a_cluster() else "local",
-            include_dashboard=None if _joins_a_cluster() else False,
             log_to_driver=verbose,
             logging_level="INFO" if verbose else "ERROR",
             runtime_env=_code_to_ship(),
