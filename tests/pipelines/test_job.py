@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +35,8 @@ def cluster() -> Iterator[dict[str, str]]:
     # As in an image: `python` is the one that has the packages.
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     command = [*RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--port={free_port()}"]
-    # Its own folder, so that the address it leaves there does not mislead a later Ray; short, for the sockets in it.
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     head = subprocess.Popen(
-        [*command, f"--dashboard-port={port}", "--dashboard-agent-listen-port=0", f"--temp-dir={folder}"],
+        [*command, f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -53,7 +49,6 @@ def cluster() -> Iterator[dict[str, str]]:
     yield environment
     head.terminate()
     head.wait(timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def ray_job(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
