@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dreambooth.backbones import Backbone, Conditioning
-
-_BYTES = {"fp32": 4, "bf16": 2}
+from dreambooth.sampling import DTYPES
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,15 @@ def plan_memory(
     gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the host, and under 3 the
     weights.
     """
-    networks = {name: backbone.empty(name).to(_dtype(precision)) for name in trained}
+    dtype = DTYPES[precision]
+    networks = {name: backbone.empty(name).to(dtype) for name in trained}
     if gradient_checkpointing:
         for network in networks.values():
             enable_gradient_checkpointing(network)
     parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
-    weights = parameters * _BYTES[precision] // divisor[3]
-    gradients = parameters * _BYTES[precision] // divisor[2]
+    weights = parameters * dtype.itemsize // divisor[3]
+    gradients = parameters * dtype.itemsize // divisor[2]
     # Plain float32 training needs no second copy of the weights; every ZeRO stage and bf16 keep float32 masters.
     masters = 0 if precision == "fp32" and zero_stage == 0 else 4
     states = parameters * (masters + 8) // divisor[1]
@@ -71,7 +71,7 @@ def plan_memory(
     if offload == "cpu":
         offloaded = states + gradients + (weights if zero_stage == 3 else 0)
         weights, gradients, states = (0 if zero_stage == 3 else weights), 0, 0
-    activations = activation_bytes(backbone, networks, rows, resolution, _dtype(precision))
+    activations = activation_bytes(backbone, networks, rows, resolution, dtype)
     return MemoryPlan(parameters, weights, gradients, states, activations, offloaded)
 
 
@@ -133,7 +133,3 @@ def _fused_attention() -> Iterator[None]:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = plain
-
-
-def _dtype(precision: str) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

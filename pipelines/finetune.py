@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from dreambooth.backbones import Backbone, Conditioning
 from dreambooth.diffusion import PriorPreservationLoss, prior_preservation_loss
 from dreambooth.memory import enable_gradient_checkpointing
+from dreambooth.sampling import DTYPES
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
 from dreambooth.streams import integer, normal, shuffled
@@ -120,10 +121,9 @@ def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -
     x, epsilon, t = rows["x"].to(device), rows["epsilon"].to(device), rows["t"].to(device)
     schedule = backbone.schedule
     z_t = schedule.add_noise(x, epsilon, t)
-    dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
     conditioning = {name: value.to(device) for name, value in rows["conditioning"].items()}
     ids = {name: value.to(device) for name, value in rows["ids"].items()}
-    prediction = engine(z_t.to(dtype), t, conditioning, ids)
+    prediction = engine(z_t.to(DTYPES[run.training.precision]), t, conditioning, ids)
     weight = schedule.weight(t, run.training.min_snr_gamma)
     target = schedule.target(x, epsilon, t)
     return prior_preservation_loss(prediction, target, weight, rows["instances"], run.training.prior_weight)

@@ -89,8 +89,8 @@ def check_reachable(store: SubjectStore) -> None:
     """Make sure that every node reads what this process writes to the store; ValueError names a node that does not."""
     if store.root.local is None:
         return
-    others = [node for node in ray.nodes() if node["Alive"]]
-    if len(others) == 1:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
         return
     probe = store.root / "runs" / f"probe-{ray.get_runtime_context().get_job_id()}"
     probe.write_bytes(b"seen")
@@ -100,7 +100,7 @@ def check_reachable(store: SubjectStore) -> None:
         return Path(path).exists()
 
     try:
-        for node in others:
+        for node in nodes:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             if not ray.get(sees.options(scheduling_strategy=here).remote(probe.path)):
                 raise ValueError(

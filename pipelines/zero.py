@@ -81,13 +81,14 @@ def restore(engine: Any, state: Mapping[str, Tensor], step: int) -> None:
     plain = _plain_optimizer(engine)
     if plain:
         for name, parameter in engine.module.named_parameters():
-            plain.state[parameter] = {"step": torch.tensor(float(step))} | {
+            plain.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)} | {
                 moment: state[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
             }
         return
     base = engine.optimizer.optimizer
     for shard in _shards(engine):
-        base.state[shard] = {"step": torch.tensor(float(step))} | {
+        # A fused AdamW wants its step beside the shard.
+        base.state[shard] = {"step": torch.tensor(float(step), device=shard.device)} | {
             moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS
         }
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):

@@ -19,13 +19,11 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
 )
 
-from dreambooth.embedded.untrained import make_tokenizer
+from dreambooth.embedded.untrained import make_tokenizer, text_config
 
 _BLOCKS = {
     "sample_size": 8,
@@ -43,7 +41,7 @@ def write_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pa
     tokenizer = make_tokenizer(2000)
     StableDiffusionPipeline(
         vae=_autoencoder(scaling_factor=0.18215),
-        text_encoder=CLIPTextModel(_text_config(tokenizer, 24)),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 24)),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(**_BLOCKS, cross_attention_dim=24, attention_head_dim=2),
         scheduler=DDIMScheduler(
@@ -67,8 +65,8 @@ def write_sdxl(folder: Path) -> Path:
     tokenizer = make_tokenizer(2000)
     StableDiffusionXLPipeline(
         vae=_autoencoder(scaling_factor=0.13025, force_upcast=True),
-        text_encoder=CLIPTextModel(_text_config(tokenizer, 16)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, 24)),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, 24)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(
@@ -106,20 +104,6 @@ def _autoencoder(**options: object) -> AutoencoderKL:
     )
 
 
-def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def write_clip(folder: Path) -> Path:
     """A CLIP folder for 32x32 pixels with its processor, at the temperature at which CLIP's training ends."""
     torch.manual_seed(3)
@@ -127,7 +111,7 @@ def write_clip(folder: Path) -> Path:
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = CLIPModel(
         CLIPConfig(
-            text_config=_text_config(tokenizer, 16).to_dict(),
+            text_config=text_config(tokenizer, 16).to_dict(),
             vision_config={**vision, "image_size": 32, "patch_size": 8, "projection_dim": 16},
             projection_dim=16,
             logit_scale_init_value=math.log(100),

@@ -60,8 +60,8 @@ def make_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         )
         return StableDiffusionXLPipeline(
             vae=autoencoder,
-            text_encoder=CLIPTextModel(_text_config(tokenizer)),
-            text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)),
+            text_encoder=CLIPTextModel(text_config(tokenizer, 32)),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, 32)),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
             unet=unet,
@@ -76,12 +76,13 @@ def make_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         )
 
 
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """A two-layer CLIP text encoder of this width over the tokenizer's vocabulary."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        projection_dim=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         bos_token_id=tokenizer.bos_token_id,
