@@ -1,0 +1,39 @@
+"""The C++ that DeepSpeed compiles when it is first needed, kept where a killed process cannot block it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.comm.torch import build_shm_op
+
+
+def kernel_folder() -> Path:
+    """Where the kernels of these versions of torch and DeepSpeed lie, under TORCH_EXTENSIONS_DIR if that is set."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/dreambooth/kernels").expanduser()
+    return root / f"torch-{torch.__version__}-deepspeed-{deepspeed.__version__}"
+
+
+def compile_kernels() -> None:
+    """Compile the kernels that `deepspeed.initialize` is going to load, or load them where they are compiled already.
+
+    torch marks a compilation under way with a file. A process killed then leaves it behind, and every later one waits
+    for it for ever. The guard here is a lock that ends with its holder, so a mark that is found under it is stale.
+    """
+    folder = kernel_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    try:
+        with (folder / "guard").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            for mark in folder.glob("*/lock"):
+                mark.unlink()
+            build_shm_op()
+    finally:
+        os.environ.pop("TORCH_EXTENSIONS_DIR")
+        if given is not None:
+            os.environ["TORCH_EXTENSIONS_DIR"] = given
