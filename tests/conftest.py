@@ -7,6 +7,7 @@ import os
 
 # A Ray cluster that happens to run on this machine is not the tests' to use.
 os.environ["RAY_ADDRESS"] = "local"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from pipelines.console import quiet_libraries
 
@@ -58,8 +59,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """A Ray instance for one test module."""
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    """A Ray instance for one test module; with its dashboard, which Ray Train asks for what runs when it ends."""
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dreambooth.store import SubjectStore
@@ -34,9 +37,12 @@ def cluster() -> Iterator[dict[str, str]]:
     del environment["RAY_ADDRESS"]
     # As in an image: `python` is the one that has the packages.
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = [*RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--port={free_port()}"]
+    # In a folder of its own: `ray start` notes its address there, and misleads later runs when it is gone. A short one,
+    # since Ray's sockets lie in it.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    command = [*RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--temp-dir={folder}"]
     head = subprocess.Popen(
-        [*command, f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"],
+        [*command, f"--port={free_port()}", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -47,8 +53,11 @@ def cluster() -> Iterator[dict[str, str]]:
         assert time.monotonic() < deadline, "the cluster took no job"
         time.sleep(1)
     yield environment
-    head.terminate()
+    # At once: on SIGTERM the head waits half a minute for its parts.
+    for process in (*psutil.Process(head.pid).children(recursive=True), head):
+        process.kill()
     head.wait(timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def ray_job(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
