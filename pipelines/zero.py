@@ -20,7 +20,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from pipelines.kernels import compile_kernels
+from pipelines.compiled_ops import compile_ops
 from pipelines.run import Lane, Training
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,7 +52,7 @@ def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
 
 def start_engine(module: nn.Module, training: Training, lane: Lane) -> Any:
     """Wrap `module` (float32, all of it trained) in an engine with AdamW; float32 masters equal its weights now."""
-    compile_kernels()
+    compile_ops()
     masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=lane.offload == "none"

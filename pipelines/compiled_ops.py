@@ -1,4 +1,4 @@
-"""The C++ that DeepSpeed compiles when it is first needed, kept where a killed process cannot block it."""
+"""The C++ ops that DeepSpeed compiles when they are first needed, kept where a killed process cannot block it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from deepspeed.comm.torch import build_shm_op
 
 
-def kernel_folder() -> Path:
-    """Where the kernels of these versions of torch and DeepSpeed lie, under TORCH_EXTENSIONS_DIR if that is set."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/dreambooth/kernels").expanduser()
+def ops_folder() -> Path:
+    """Where the ops of these versions of torch and DeepSpeed lie, under TORCH_EXTENSIONS_DIR if that is set."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/dreambooth/ops").expanduser()
     return root / f"torch-{torch.__version__}-deepspeed-{deepspeed.__version__}"
 
 
-def compile_kernels() -> None:
-    """Compile the kernels that `deepspeed.initialize` is going to load, or load them where they are compiled already.
+def compile_ops() -> None:
+    """Compile the ops that `deepspeed.initialize` is going to load, or load them where they are compiled already.
 
     torch marks a compilation under way with a file. A process killed then leaves it behind, and every later one waits
     for it for ever. The guard here is a lock that ends with its holder, so a mark that is found under it is stale.
     """
-    folder = kernel_folder()
+    folder = ops_folder()
     folder.mkdir(parents=True, exist_ok=True)
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled kernels survive whatever happens to the process that compiles them."""
+"""DeepSpeed's compiled ops survive whatever happens to the process that compiles them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipelines.kernels import compile_kernels, kernel_folder
+from pipelines.compiled_ops import compile_ops, ops_folder
 
-COMPILE = "from pipelines.kernels import compile_kernels; compile_kernels()"
+COMPILE = "from pipelines.compiled_ops import compile_ops; compile_ops()"
 
 
 def test_a_mark_left_by_a_killed_compilation_blocks_nobody() -> None:
-    compile_kernels()
-    kernels = [path.parent for path in kernel_folder().glob("*/build.ninja")]
-    assert kernels
-    marks = [kernel / "lock" for kernel in kernels]
+    compile_ops()
+    built = [path.parent for path in ops_folder().glob("*/build.ninja")]
+    assert built
+    marks = [folder / "lock" for folder in built]
     try:
         for mark in marks:
             mark.touch()
