@@ -48,12 +48,13 @@ def plan_memory(
     workers: int,
     offload: str,
     gradient_checkpointing: bool,
+    ema: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
 
-    ZeRO 1 divides the optimizer states (float32 masters and AdamW's two moments) by the number of workers, 2 the
-    gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the host, and under 3 the
-    weights.
+    ZeRO 1 divides the optimizer states (float32 masters, AdamW's two moments and, with `ema`, an average) by the number
+    of workers, 2 the gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the
+    host, and under 3 the weights.
     """
     dtype = DTYPES[precision]
     networks = {name: backbone.empty(name).to(dtype) for name in trained}
@@ -66,7 +67,7 @@ def plan_memory(
     gradients = parameters * dtype.itemsize // divisor[2]
     # Plain float32 training needs no second copy of the weights; every ZeRO stage and bf16 keep float32 masters.
     masters = 0 if precision == "fp32" and zero_stage == 0 else 4
-    states = parameters * (masters + 8) // divisor[1]
+    states = parameters * (masters + 8 + (4 if ema else 0)) // divisor[1]
     offloaded = 0
     if offload == "cpu":
         offloaded = states + gradients + (weights if zero_stage == 3 else 0)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from dreambooth.backbones import Backbone, Conditioning
 from dreambooth.diffusion import PriorPreservationLoss, prior_preservation_loss
+from dreambooth.learning_rate import learning_rate_factor
 from dreambooth.memory import enable_gradient_checkpointing
 from dreambooth.sampling import DTYPES
 from dreambooth.storage import Location
@@ -36,8 +39,11 @@ from dreambooth.store import SubjectStore
 from dreambooth.streams import integer, normal, shuffled
 from pipelines import training_set
 from pipelines.console import Display, Stage
-from pipelines.losses import LossLog
-from pipelines.run import Run
+from pipelines.run import Run, Training
+from pipelines.training_log import TrainingLog
+
+if TYPE_CHECKING:
+    from pipelines.zero import Average
 
 _FLUSH_EVERY = 5
 _RETRIES = 2
@@ -51,6 +57,15 @@ class Trainable(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.networks = nn.ModuleDict(networks)
+
+    def groups(self, training: Training) -> list[dict[str, Any]]:
+        """One group of parameters a network, for AdamW: text encoders have a learning rate of their own."""
+        groups = []
+        for name, network in self.networks.items():
+            of_text = name in self.backbone.text_encoders
+            rate = training.text_encoder_learning_rate if of_text else training.learning_rate
+            groups.append({"params": list(network.parameters()), "lr": rate, "initial_lr": rate})
+        return groups
 
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, ids: dict[str, Tensor]) -> Tensor:
         """The denoiser's prediction; prompts are embeddings, or token ids (B, length) for trained text encoders."""
@@ -107,9 +122,12 @@ class Batches:
         index = shuffled(step * run.training.batch + sample, count, *base, "order")
         mean, log_variance = columns["mean"][index], columns["log_variance"][index]
         latent_noise = normal(mean.shape, *base, "latent", step, sample)
+        epsilon = normal(mean.shape, *base, "epsilon", step, sample)
+        if run.training.offset_noise:
+            epsilon += run.training.offset_noise * normal((len(mean), 1, 1), *base, "offset", step, sample)
         return {
             "x": mean + (0.5 * log_variance).exp() * latent_noise,
-            "epsilon": normal(mean.shape, *base, "epsilon", step, sample),
+            "epsilon": epsilon,
             "t": integer(self._backbone.schedule.steps, *base, "t", step, sample),
             "sizes": {name: column[index] for name, column in columns.items() if name not in ("mean", "log_variance")},
         }
@@ -132,7 +150,7 @@ def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -
 def train_worker(config: dict[str, Any]) -> None:
     """What one rank of the lane does: load the backbone, resume, train to the last step, checkpoint."""
     from pipelines.console import quiet_libraries
-    from pipelines.zero import full_state, restore, start_engine
+    from pipelines.zero import Average, gradient_norm, restore, restore_average, set_learning_rate, start_engine
 
     quiet_libraries()
     run: Run = config["run"]
@@ -156,9 +174,12 @@ def train_worker(config: dict[str, Any]) -> None:
         module.load_state_dict({name: state[f"param.{name}"] for name, _ in module.named_parameters()}, strict=False)
         if step == run.training.steps:
             return
-    engine = start_engine(module, run.training, run.lane)
+    engine = start_engine(module, module.groups(run.training), run.training, run.lane)
+    average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
     if state:
         restore(engine, state, step)
+        if average is not None:
+            restore_average(engine, average, state)
         del state
 
     with tempfile.TemporaryDirectory() as folder:
@@ -166,8 +187,10 @@ def train_worker(config: dict[str, Any]) -> None:
         path.write_bytes(training_set.location_of(store, run).read_bytes())
         batches = Batches(run, backbone, path)
         pending: list[Tensor] = []
+        flushed = time.monotonic()
         micro_batch = run.training.batch // (world * run.training.gradient_accumulation)
         while step < run.training.steps:
+            set_learning_rate(engine, _rate_factor(run.training, step))
             terms = torch.zeros(2, device=engine.device)
             for micro_step in range(run.training.gradient_accumulation):
                 start = (micro_step * world + rank) * micro_batch
@@ -175,15 +198,21 @@ def train_worker(config: dict[str, Any]) -> None:
                 engine.backward(loss.total)
                 engine.step()
                 terms += torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
-            pending.append(terms / run.training.gradient_accumulation)
+            terms /= run.training.gradient_accumulation
+            pending.append(torch.cat([terms, gradient_norm(engine)[None]]))
             step += 1
+            if average is not None:
+                average.update(step)
             due = step % config["checkpoint_every"] == 0 or step == run.training.steps
             if due or len(pending) == _FLUSH_EVERY:
-                _flush(pending, step, config["losses"] if rank == 0 else None, run)
+                rows = _measures(pending, step, run, time.monotonic() - flushed)
+                pending, flushed = [], time.monotonic()
+                if rank == 0:
+                    config["log"].add.remote(step - len(rows) + 1, rows)
             if due:
                 final = step == run.training.steps
                 with tempfile.TemporaryDirectory() as saved:
-                    write_checkpoint(Path(saved), full_state(engine, with_moments=not final), step, rank, world)
+                    write_checkpoint(Path(saved), _state(engine, average, final), step, rank, world)
                     ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(saved))
 
 
@@ -191,21 +220,49 @@ def _detached(term: Tensor | None, device: torch.device) -> Tensor:
     return torch.zeros((), device=device) if term is None else term.detach()
 
 
-def _flush(pending: list[Tensor], step: int, losses: Any | None, run: Run) -> None:
-    """Average the last steps' losses over the ranks, check them, hand them on; the one host synchronization."""
+def _rate_factor(training: Training, step: int) -> float:
+    return learning_rate_factor(step, training.steps, training.warmup_steps, training.schedule)
+
+
+def _state(engine: Any, average: Average | None, final: bool) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds: everything, or at the end the weights to publish alone."""
+    from pipelines.zero import AVERAGE, PARAMETER, full_state
+
+    if average is None or not final:
+        yield from full_state(engine, with_moments=not final)
+    if average is not None:
+        with average.in_place_of_masters():
+            yield from full_state(engine, with_moments=False, prefix=PARAMETER if final else AVERAGE)
+
+
+def _measures(pending: list[Tensor], step: int, run: Run, seconds: float) -> list[dict[str, float]]:
+    """The measures of the last steps up to `step`, averaged over the ranks; the one host synchronization.
+
+    `pending` holds for each step the instance and the prior term and the gradient's norm (3,). Raises ArithmeticError
+    when a loss is not finite.
+    """
     averaged = torch.stack(pending)
     dist.all_reduce(averaged)
-    rows = (averaged / dist.get_world_size()).tolist()
-    first = step - len(rows) + 1
-    pending.clear()
-    for number, (instance, prior) in enumerate(rows, start=first):
+    first = step - len(pending) + 1
+    speed = {"samples_per_second": len(pending) * run.training.batch / seconds, "memory_gib": _peak_memory() / 2**30}
+    rows = []
+    for number, (instance, prior, norm) in enumerate((averaged / dist.get_world_size()).tolist(), start=first):
         if not (math.isfinite(instance) and math.isfinite(prior)):
             raise ArithmeticError(
                 f"the loss of subject {run.subject!r} is not finite at step {number}: instance term {instance}, prior "
                 f"term {prior}; the last checkpoint is kept. Lower --learning-rate, or use --precision fp32"
             )
-    if losses is not None:
-        losses.add.remote(first, rows)
+        rate = run.training.learning_rate * _rate_factor(run.training, number - 1)
+        measures = {"loss/instance": instance, "loss/prior": prior, "learning_rate": rate, **speed}
+        rows.append(measures | ({"gradient_norm": norm} if math.isfinite(norm) else {}))
+    return rows
+
+
+def _peak_memory() -> int:
+    """Bytes: the device's peak so far, or on the CPU this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -247,13 +304,13 @@ def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Disp
         with display.stage("fine-tune", run.training.steps, "steps", done=run.training.steps):
             return marker.parent / marker.read_json()["checkpoint"]
     folder = marker.parent
-    losses = ray.remote(LossLog).options(num_cpus=0).remote()
+    log = ray.remote(TrainingLog).options(num_cpus=0).remote()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
             "run": run,
             "store": store.root.uri,
-            "losses": losses,
+            "log": log,
             "checkpoint_every": checkpoint_every,
         },
         torch_config=TorchConfig(backend="nccl" if run.lane.gpus_per_worker else "gloo"),
@@ -273,7 +330,7 @@ def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Disp
             failure_config=FailureConfig(max_failures=_RETRIES),
         ),
     )
-    with display.stage("fine-tune", run.training.steps, "steps") as stage, _watching(losses, stage, folder):
+    with display.stage("fine-tune", run.training.steps, "steps") as stage, _watching(log, stage, folder):
         result = trainer.fit()
     checkpoint = folder / "finetune" / Path(result.checkpoint.path).name
     marker.write_json({"checkpoint": f"finetune/{checkpoint.name}"})
@@ -281,16 +338,17 @@ def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Disp
 
 
 @contextmanager
-def _watching(losses: Any, stage: Stage, folder: Location) -> Iterator[None]:
-    """Show the losses and write them as TensorBoard events beside the run, while the block trains."""
+def _watching(log: Any, stage: Stage, folder: Location) -> Iterator[None]:
+    """Show the losses and write all measures as TensorBoard events beside the run, while the block trains."""
     done = threading.Event()
     events = Path(tempfile.mkdtemp(prefix="tensorboard-"))
     writer = SummaryWriter(str(events), write_to_disk=True)
 
     def take() -> None:
-        for step, instance, prior in ray.get(losses.take.remote()):
-            writer.add_scalar("loss/instance", instance, step)
-            writer.add_scalar("loss/prior", prior, step)
+        for step, measures in ray.get(log.take.remote()):
+            for name, value in measures.items():
+                writer.add_scalar(name, value, step)
+            instance, prior = measures["loss/instance"], measures["loss/prior"]
             stage.reach(step, note=f"loss: instance {instance:.4f}, prior {prior:.4f}")
 
     def watch() -> None:

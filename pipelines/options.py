@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from dreambooth.learning_rate import Schedule
+
 
 @dataclass(frozen=True)
 class SubjectOptions:
@@ -72,13 +74,23 @@ class TrainingOptions:
     steps: int | None = None
     """Optimizer steps. By default the backbone's preset."""
     learning_rate: float | None = None
-    """AdamW's learning rate, constant. By default the backbone's preset."""
+    """AdamW's learning rate. By default the backbone's preset."""
+    text_encoder_learning_rate: float | None = None
+    """The text encoders' own learning rate. By default the same."""
+    schedule: Schedule = "constant"
+    """What the learning rate does after the warm-up; cosine and linear fall towards 0."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0."""
     batch: int | None = None
     """Instance images a step over all workers; as many class-prior images come on top. By default the preset."""
     gradient_accumulation: int = 1
     """Forward and backward passes a step and worker; the batch is divided among them."""
     min_snr_gamma: float | None = None
     """Weight timesteps by min-SNR with this gamma (5 is usual). By default all weigh 1."""
+    offset_noise: float = 0.0
+    """Strength of added noise that is one number a channel (0.05-0.1 is usual), for very dark or bright images."""
+    ema_decay: float = 0.0
+    """Publish an exponential moving average of the weights with this decay (0.999, say); 0 publishes the last ones."""
     weight_decay: float = 1e-2
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0

@@ -30,11 +30,12 @@ GIB = 2**30
 
 _POSITIVE = (
     *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
+    "text_encoder_learning_rate",
     *("gradient_accumulation", "min_snr_gamma", "checkpoint_every", "workers", "cpus_per_worker"),
     *("device_memory", "sample_steps"),
 )
 _NOT_NEGATIVE = (
-    *("prior_weight", "weight_decay", "max_grad_norm", "gpus_per_worker"),
+    *("prior_weight", "weight_decay", "max_grad_norm", "gpus_per_worker", "warmup_steps", "offset_noise", "ema_decay"),
     *("prior_guidance", "sample_guidance", "seed"),
 )
 
@@ -105,6 +106,7 @@ def make_plan(options: Options) -> Plan:
         workers=lane.workers,
         offload=lane.offload,
         gradient_checkpointing=training.gradient_checkpointing,
+        ema=training.ema_decay > 0,
     )
     order = tuple(spec.name for spec in specs)
     plan = Plan(options, store, backbone, tuple(subjects), failures, order, memory, _device_bytes(options, lane))
@@ -122,6 +124,10 @@ def _check_numbers(options: Options) -> None:
     for name in _NOT_NEGATIVE:
         if values[name] is not None and not values[name] >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, not {values[name]}")
+    if values["ema_decay"] >= 1:
+        raise ValueError(f"--ema-decay must be below 1, not {values['ema_decay']}")
+    if values["text_encoder_learning_rate"] and not options.model.train_text_encoder:
+        raise ValueError("--text-encoder-learning-rate needs --train-text-encoder")
     if options.prior.prior_batch != "auto" and not options.prior.prior_batch > 0:
         raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
     scheduler_class(options.prior.prior_scheduler)
@@ -139,17 +145,25 @@ def _training(options: Options, backbone: Backbone) -> Training:
     resolution = options.model.resolution or backbone.default_resolution
     backbone.check_resolution(resolution)
     on_gpu = _gpus_per_worker(options) > 0
-    rate = preset.learning_rate_with_text_encoder if with_text else preset.learning_rate
+    rate = chosen.learning_rate or (preset.learning_rate_with_text_encoder if with_text else preset.learning_rate)
+    steps = chosen.steps or preset.steps
+    if chosen.warmup_steps >= steps:
+        raise ValueError(f"--warmup-steps {chosen.warmup_steps} leaves nothing of {steps} steps: use fewer")
     return Training(
         trained=(backbone.denoiser, *(backbone.text_encoders if with_text else ())),
         resolution=resolution,
-        steps=chosen.steps or preset.steps,
-        learning_rate=chosen.learning_rate or rate,
+        steps=steps,
+        learning_rate=rate,
+        text_encoder_learning_rate=(chosen.text_encoder_learning_rate or rate) if with_text else 0.0,
+        schedule=chosen.schedule,
+        warmup_steps=chosen.warmup_steps,
         batch=chosen.batch or preset.batch,
         gradient_accumulation=chosen.gradient_accumulation,
         prior_weight=options.prior.prior_weight,
         prior_images=(options.prior.prior_images or preset.prior_images) if options.prior.prior_weight else 0,
         min_snr_gamma=chosen.min_snr_gamma,
+        offset_noise=chosen.offset_noise,
+        ema_decay=chosen.ema_decay,
         weight_decay=chosen.weight_decay,
         max_grad_norm=chosen.max_grad_norm,
         precision=chosen.precision or ("bf16" if on_gpu else "fp32"),

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from dreambooth.class_noun import FoundNoun
+from dreambooth.learning_rate import Schedule
 from dreambooth.prior_set import PriorSet
 from dreambooth.prompts import class_prompt, instance_prompt
 from dreambooth.sampling import SamplerSettings
@@ -22,11 +23,16 @@ class Training:
     resolution: int
     steps: int
     learning_rate: float
+    text_encoder_learning_rate: float
+    schedule: Schedule
+    warmup_steps: int
     batch: int
     gradient_accumulation: int
     prior_weight: float
     prior_images: int
     min_snr_gamma: float | None
+    offset_noise: float
+    ema_decay: float
     weight_decay: float
     max_grad_norm: float
     precision: str

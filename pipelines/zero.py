@@ -6,7 +6,9 @@ tensors in safetensors files: no pickle, and nothing of how the state was sharde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 from pipelines.compiled_ops import compile_ops
 from pipelines.run import Lane, Training
 
+PARAMETER, AVERAGE = "param", "average"
+"""Prefixes of a parameter's name in a checkpoint: the parameter itself, and its moving average."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, besides the step."""
 
@@ -50,12 +54,15 @@ def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
     return config
 
 
-def start_engine(module: nn.Module, training: Training, lane: Lane) -> Any:
-    """Wrap `module` (float32, all of it trained) in an engine with AdamW; float32 masters equal its weights now."""
+def start_engine(module: nn.Module, groups: Sequence[dict[str, Any]], training: Training, lane: Lane) -> Any:
+    """Wrap `module` (float32, all of it trained) in an engine with AdamW; float32 masters equal its weights now.
+
+    `groups` are AdamW's: the parameters of `module` with their `initial_lr`, which `set_learning_rate` multiplies.
+    """
     compile_ops()
     masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=lane.offload == "none"
+        list(groups), lr=training.learning_rate, weight_decay=training.weight_decay, fused=lane.offload == "none"
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(training, lane))
     if training.precision == "bf16":
@@ -65,17 +72,73 @@ def start_engine(module: nn.Module, training: Training, lane: Lane) -> Any:
     return engine
 
 
-def full_state(engine: Any, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter (`param.NAME`) and its moments (`exp_avg.NAME`, ...) as whole float32 tensors.
+def set_learning_rate(engine: Any, factor: float) -> None:
+    """Give every group of parameters its initial learning rate times `factor`."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def gradient_norm(engine: Any) -> Tensor:
+    """Norm of the last update's whole gradient before clipping, a scalar; NaN under stage 0, which does not keep it."""
+    norm = engine.get_global_grad_norm()
+    return torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float32, device=engine.device)
+
+
+class Average:
+    """An exponential moving average of the float32 masters, sharded as they are."""
+
+    def __init__(self, engine: Any, decay: float) -> None:
+        """Begin with the masters as they are."""
+        self._masters = list(engine.module.parameters()) if _plain_optimizer(engine) else _shards(engine)
+        self._averages = [master.detach().clone() for master in self._masters]
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the masters after update `step`, counted from 1; early on the average looks back less far."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for average, master in zip(self._averages, self._masters, strict=True):
+            average.lerp_(master.detach(), 1 - decay)
+
+    @contextmanager
+    def in_place_of_masters(self) -> Iterator[None]:
+        """Exchange masters and averages while the block runs, so that `full_state` reads these."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for average, master in zip(self._averages, self._masters, strict=True):
+            kept = master.detach().clone()
+            master.detach().copy_(average)
+            average.copy_(kept)
+
+
+def full_state(engine: Any, with_moments: bool, prefix: str = PARAMETER) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter (`PREFIX.NAME`) and its moments (`exp_avg.NAME`, ...) as whole float32 tensors.
 
     A collective: every rank must run it to the end. Each tensor is dropped when the next is asked for.
     """
     plain = _plain_optimizer(engine)
     for name, parameter in engine.module.named_parameters():
-        yield f"param.{name}", parameter.detach() if plain else safe_get_full_fp32_param(parameter)
+        yield f"{prefix}.{name}", parameter.detach() if plain else safe_get_full_fp32_param(parameter)
         for moment in MOMENTS if with_moments else ():
             whole = plain.state[parameter][moment] if plain else safe_get_full_optimizer_state(parameter, moment)
             yield f"{moment}.{name}", whole
+
+
+def restore_average(engine: Any, average: Average, state: Mapping[str, Tensor]) -> None:
+    """Set the average from the tensors that `full_state` gave of it."""
+    with average.in_place_of_masters(), torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            value = state[f"{AVERAGE}.{name}"].to(engine.device)
+            if _plain_optimizer(engine):
+                parameter.copy_(value)
+            else:
+                safe_set_full_fp32_param(parameter, value)
 
 
 def restore(engine: Any, state: Mapping[str, Tensor], step: int) -> None:

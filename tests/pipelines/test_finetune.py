@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreambooth.store import SubjectStore
 from pipelines.console import Display
-from pipelines.finetune import finetune, read_checkpoint
+from pipelines.finetune import Batches, Trainable, finetune, read_checkpoint
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
@@ -111,3 +111,41 @@ def test_bf16_moves_the_masters_as_fp32_does(
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_offloading_to_the_host_publishes_the_same_weights(train: Callable[..., State], zero_stage: int) -> None:
     assert largest_difference(train(zero_stage=zero_stage, offload="cpu"), train(zero_stage=2)) < 2e-4
+
+
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_the_moving_average_of_the_weights_is_published(
+    train: Callable[..., State], prepared: tuple[SubjectStore, Run], zero_stage: int
+) -> None:
+    before, after = base_parameters(prepared), train({"steps": 1}, zero_stage=2)
+    # After the first update the average has taken in 9 / 11 of the way from the base.
+    expected = {name: torch.lerp(before[name], after[name], 9 / 11) for name in before}
+    average = train({"steps": 1, "ema_decay": 0.999}, zero_stage=zero_stage)
+    assert largest_difference(average, expected) < (1e-6 if zero_stage == 2 else 2e-4)
+    assert largest_difference(average, after) > 1e-4
+
+
+def test_text_encoders_have_a_learning_rate_of_their_own(prepared: tuple[SubjectStore, Run]) -> None:
+    store, run = prepared
+    backbone = store.open_backbone(run.backbone)
+    training = replace(run.training, trained=("unet", "text_encoder"), text_encoder_learning_rate=1e-7)
+    module = Trainable(backbone, {name: backbone.load(name) for name in training.trained})
+    unet, text = module.groups(training)
+    assert (unet["initial_lr"], text["initial_lr"]) == (run.training.learning_rate, 1e-7)
+    assert {id(p) for p in text["params"]} == {id(p) for p in module.networks["text_encoder"].parameters()}
+    assert len(unet["params"]) + len(text["params"]) == len(list(module.parameters()))
+
+
+def test_offset_noise_moves_each_channel_by_one_number(prepared: tuple[SubjectStore, Run]) -> None:
+    store, run = prepared
+    path = location_of(store, run).local
+    assert path is not None
+    backbone = store.open_backbone(run.backbone)
+    offset = replace(run, training=replace(run.training, offset_noise=0.1))
+    plain, moved = (Batches(one, backbone, path).rows(5, range(3))["epsilon"] for one in (run, offset))
+    difference = moved - plain
+    per_channel = difference.mean((2, 3))
+    assert (difference - per_channel[:, :, None, None]).abs().max() < 1e-6
+    assert 0.03 < per_channel.std() < 0.3

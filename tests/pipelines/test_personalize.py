@@ -16,6 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth.store import SubjectStore, Version
 from tests.conftest import ROOT
@@ -81,7 +82,12 @@ def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
     assert version.location.local is not None
     assert Image.open(version.location.local / "contact_sheet.png").width > 1000
     [events] = tmp_path.glob("runs/*/tensorboard/events.*")
-    assert events.stat().st_size > 0
+    seen = EventAccumulator(str(events.parent)).Reload()
+    steps = version.manifest["run"]["training"]["steps"]
+    losses = ("loss/instance", "loss/prior")
+    for measure in (*losses, "gradient_norm", "learning_rate", "samples_per_second", "memory_gib"):
+        assert [point.step for point in seen.Scalars(measure)] == list(range(1, steps + 1))
+        assert all(point.value > 0 for point in seen.Scalars(measure))
     again = personalize(*arguments)
     assert again.returncode == 0
     assert "is published already: nothing to do" in again.stdout

@@ -19,6 +19,7 @@ def start(store: Path, photos: Path, backbone: Path) -> subprocess.Popen[str]:
     command = f"{sys.executable} pipelines/personalize.py --images {photos} --class-noun mug --backbone {backbone}"
     command += f" --store {store} --prior-images 24 --prior-batch 4 --prior-steps 20 --batch 4 --steps 60"
     command += " --learning-rate 1e-3 --checkpoint-every 20 --workers 2 --sample-prompts {subject} --sample-steps 3"
+    command += " --schedule cosine --warmup-steps 5 --ema-decay 0.9"
     # A session of its own: the kill must reach the driver alone, as an operator's would.
     return subprocess.Popen(
         command.split(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
