@@ -104,6 +104,7 @@ def spoil(store: SubjectStore, backbone: str) -> Path:
     return good
 
 
+@pytest.mark.slow
 def test_poisoned_shards_are_named_retried_alone_and_reported(
     tmp_path: Path, small_sdxl: Path, small_stable_diffusion: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
@@ -33,37 +33,52 @@ def finish(store: Path, photos: Path, backbone: Path) -> str:
     return output
 
 
-def kill_when(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    while not reached():
+def kill_when_there(store: Path, pattern: str, count: int, process: subprocess.Popen[str]) -> None:
+    """Kill the driver as soon as `count` files of the store match."""
+    while len(list(store.glob(pattern))) < count:
         assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[0]}"
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 
 
-def test_a_run_killed_in_every_stage_ends_in_the_weights_of_an_undisturbed_one(
-    tmp_path: Path, photos: Path, small_sdxl: Path
+@pytest.fixture(scope="module")
+def undisturbed(photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a run that was never killed."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    finish(store, photos, small_sdxl)
+    return store
+
+
+PRIORS, ENCODE = ("priors/*/*.parquet", 2), ("runs/*/training_set.safetensors", 1)
+FINETUNE, SAMPLE = ("runs/*/finetune/checkpoint_*/checkpoint.json", 1), ("runs/*/trained.json", 1)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param([FINETUNE], id="while-training"),
+        pytest.param([PRIORS, ENCODE, FINETUNE, SAMPLE], id="in-every-stage", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_in_the_weights_of_an_undisturbed_one(
+    undisturbed: Path, tmp_path: Path, photos: Path, small_sdxl: Path, stages: list[tuple[str, int]]
 ) -> None:
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    finish(undisturbed, photos, small_sdxl)
+    made: list[dict[Path, int]] = []
+    for pattern, count in stages:
+        kill_when_there(tmp_path, pattern, count, start(tmp_path, photos, small_sdxl))
+        made.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("priors/*/*.parquet")})
+    if stages[0] == PRIORS:
+        assert 2 <= len(made[0]) < 6
+    assert len(made[-1]) == 6
+    for earlier in made:
+        assert earlier.items() <= made[-1].items(), "a class-prior shard was made twice"
+    assert list(tmp_path.glob("subjects/mug/versions/*/manifest.json")) == []
 
-    def kill_at(pattern: str, count: int = 1) -> dict[Path, int]:
-        kill_when(lambda: len(list(killed.glob(pattern))) >= count, start(killed, photos, small_sdxl))
-        return {path: path.stat().st_mtime_ns for path in killed.glob("priors/*/*.parquet")}
-
-    after_priors = kill_at("priors/*/*.parquet", 2)
-    assert 2 <= len(after_priors) < 6
-    after_encode = kill_at("runs/*/training_set.safetensors")
-    after_checkpoint = kill_at("runs/*/finetune/checkpoint_*/checkpoint.json")
-    after_training = kill_at("runs/*/trained.json")
-    assert len(after_training) == 6
-    for earlier in (after_priors, after_encode, after_checkpoint):
-        assert earlier.items() <= after_training.items(), "a class-prior shard was made twice"
-    assert list(killed.glob("subjects/mug/versions/*/manifest.json")) == []
-
-    finish(killed, photos, small_sdxl)
+    finish(tmp_path, photos, small_sdxl)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("priors/*/*.parquet")} == made[-1]
     weights = "subjects/mug/versions/*/unet/diffusion_pytorch_model.safetensors"
-    [expected], [resumed] = undisturbed.glob(weights), killed.glob(weights)
-    assert expected.relative_to(undisturbed) == resumed.relative_to(killed)
+    [expected], [resumed] = undisturbed.glob(weights), tmp_path.glob(weights)
+    assert expected.relative_to(undisturbed) == resumed.relative_to(tmp_path)
     assert expected.read_bytes() == resumed.read_bytes()
     assert all(value.isfinite().all() for value in load_file(resumed).values())
