@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,13 @@ def rare_window(tokenizer: Tokenizer) -> range:
 
 
 def find_identifier(
-    tokenizers: Sequence[Tokenizer], *, seed: int, subject: str, used: Collection[str] = (), tokens: int | None = None
+    tokenizers: Sequence[Tokenizer],
+    *,
+    seed: int,
+    subject: str,
+    used: Collection[str] = (),
+    tokens: int | None = None,
+    clean: Callable[[str], str] = str,
 ) -> Identifier:
     """Find a rare-token identifier: as few tokens as give one, the same for the same (seed, subject, used).
 
@@ -71,6 +77,7 @@ def find_identifier(
         subject: the subject's name, so that subjects of one run draw in different orders.
         used: identifiers that are taken, and any other words to keep clear of.
         tokens: k, the number of tokens; None tries 1, 2, 3.
+        clean: what the backbone makes of a prompt before its tokenizers see it; the identifier must survive that.
 
     Raises:
         ValueError: none is left, or `tokens` is not 1, 2 or 3.
@@ -86,17 +93,20 @@ def find_identifier(
             text = _decode(drawn, first)
             if text.lower() in taken or not text.isalnum() or _is_word(text) or _encode(text, first) != drawn:
                 continue
+            if not _survives(text, clean):
+                continue
             if all(_follows_rule(text, *pair) for pair in zip(tokenizers, windows, strict=True)):
                 return Identifier(text, tuple(drawn))
     raise ValueError(f"no rare-token identifier is left for {subject!r} ({len(taken)} are taken); choose one yourself")
 
 
-def check_identifier(text: str, tokenizers: Sequence[Tokenizer]) -> Identifier:
+def check_identifier(text: str, tokenizers: Sequence[Tokenizer], clean: Callable[[str], str] = str) -> Identifier:
     """Check a user's own identifier; unlike a found one, its tokens may lie anywhere in the vocabulary.
 
     Raises:
         ValueError: it is empty, holds whitespace, is an English word, or, in any of the tokenizers, takes more than 3
-            tokens, holds special or unknown ones, or does not come back as the same string.
+            tokens, holds special or unknown ones, or does not come back as the same string; or `clean`, what the
+            backbone makes of a prompt, does not let it be.
     """
     advice = "choose a rare string such as 'sks', or give none and one is found"
     if not text.strip():
@@ -105,6 +115,11 @@ def check_identifier(text: str, tokenizers: Sequence[Tokenizer]) -> Identifier:
         raise ValueError(f"identifier {text!r} holds whitespace; {advice}")
     if _is_word(text):
         raise ValueError(f"identifier {text!r} is an English word, which the model has a meaning for; {advice}")
+    if not _survives(text, clean):
+        raise ValueError(
+            f"identifier {text!r} is lost to this backbone, which cleans prompts: it reads {_sentence(text)!r} as "
+            f"{clean(_sentence(text))!r}; {advice}"
+        )
     for tokenizer in tokenizers:
         ids = _encode(text, tokenizer)
         if len(ids) > MAX_TOKENS:
@@ -147,8 +162,16 @@ def _follows_rule(text: str, tokenizer: Tokenizer, window: range) -> bool:
     )
 
 
+def _sentence(text: str) -> str:
+    return f"a {text} dog"
+
+
+def _survives(text: str, clean: Callable[[str], str]) -> bool:
+    return clean(_sentence(text)) == _sentence(text)
+
+
 def _stands_in_sentence(ids: list[int], text: str, tokenizer: Tokenizer) -> bool:
-    return _encode(f"a {text} dog", tokenizer) == [*_encode("a", tokenizer), *ids, *_encode("dog", tokenizer)]
+    return _encode(_sentence(text), tokenizer) == [*_encode("a", tokenizer), *ids, *_encode("dog", tokenizer)]
 
 
 def _draw(rare: list[int], k: int, generator: np.random.Generator) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dreambooth.backbones import Backbone, Conditioning
+from dreambooth.backbones import Backbone, Conditioning, LowResolution
 from dreambooth.sampling import DTYPES
 
 
@@ -85,6 +85,11 @@ def enable_gradient_checkpointing(network: Any) -> None:
     network.train()  # both libraries checkpoint in training mode only
 
 
+def in_precision(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
+    """The conditioning in the type of the weights; what is counted, as positions in time are, stays exact."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
+
+
 def activation_bytes(
     backbone: Backbone, networks: dict[str, nn.Module], rows: int, resolution: int, dtype: torch.dtype
 ) -> int:
@@ -104,8 +109,9 @@ def activation_bytes(
         size = (resolution, resolution)
         for name, value in backbone.size_conditioning(size, (0, 0), size).items():
             conditioning[name] = value.to("meta").expand(rows, *value.shape)
-        conditioning = {name: value.to(dtype) for name, value in conditioning.items()}
         latents = torch.empty(rows, *backbone.latent_shape(resolution), dtype=dtype)
+        conditioning |= backbone.image_conditioning(latents, latents, LowResolution(resolution, 0))
+        conditioning = in_precision(conditioning, dtype)
         backbone.predict(networks[backbone.denoiser], latents, torch.empty(rows, dtype=torch.long), conditioning)
     weights = {p.untyped_storage()._cdata for network in networks.values() for p in network.parameters()}
     return sum(size for address, (size, _) in kept.items() if address not in weights)

@@ -2,8 +2,9 @@
 
 Steps, learning rates and image counts: Stable Diffusion from Ruiz et al. (lr 5e-6, about 1000 iterations) and
 diffusers' DreamBooth guide (400-800 steps, 200 class images, 2e-6 with the text encoder); SDXL from practitioners'
-full fine-tunes (4e-7 to 2e-6, text encoders frozen), for which nobody
-publishes a tuned recipe.
+full fine-tunes (4e-7 to 2e-6, text encoders frozen), for which nobody publishes a tuned recipe; DeepFloyd IF from
+diffusers' DreamBooth guide (IF-I-XL 1e-7, IF-II 5e-6; sampler steps and guidance are its pipelines' own). Class-prior
+images are drawn by an ancestral sampler, in pixel space by the one that keeps pixels within their range.
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ class Preset:
     prior_images: int
     sampler_steps: int
     guidance: float
+    prior_scheduler: str
 
+
+_EULER, _DDPM = "EulerAncestralDiscreteScheduler", "DDPMScheduler"
 
 PRESETS: dict[str, Preset] = {
-    #                          steps  lr    lr with text encoder  batch  prior images  sampler steps  guidance
-    "embedded":         Preset(150,   1e-4, 2e-5,                 4,     64,           20,            5.0),
-    "stable-diffusion": Preset(800,   5e-6, 2e-6,                 2,     200,          50,            7.5),
-    "sdxl":             Preset(800,   1e-6, 5e-7,                 4,     200,          40,            5.0),
+    #                                steps lr    lr with text  batch  prior images  sampler steps  guidance  prior scheduler
+    #                                            encoder
+    "embedded":               Preset(150,  1e-4, 2e-5,         4,     64,           20,            5.0,      _EULER),
+    "stable-diffusion":       Preset(800,  5e-6, 2e-6,         2,     200,          50,            7.5,      _EULER),
+    "sdxl":                   Preset(800,  1e-6, 5e-7,         4,     200,          40,            5.0,      _EULER),
+    "deepfloyd-if":           Preset(1000, 1e-7, 5e-8,         4,     200,          100,           7.0,      _DDPM),
+    "deepfloyd-if-ii":        Preset(1000, 5e-6, 2e-6,         2,     200,          50,            4.0,      _DDPM),
 }  # fmt: skip
 
 

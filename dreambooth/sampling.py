@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreambooth.backbones import Backbone
 
@@ -57,7 +57,7 @@ def load_pipeline(
     backbone: Backbone,
     settings: SamplerSettings,
     device: torch.device,
-    replacements: Mapping[str, nn.Module] | None = None,
+    replacements: Mapping[str, Any] | None = None,
 ) -> Any:
     """diffusers' pipeline on `device` with the scheduler and threads of `settings`.
 
@@ -67,22 +67,39 @@ def load_pipeline(
         torch.set_num_threads(settings.threads)
     pipeline = backbone.pipeline(DTYPES[settings.precision], replacements)
     if settings.scheduler is not None:
-        pipeline.scheduler = scheduler_class(settings.scheduler).from_config(pipeline.scheduler.config)
+        pipeline.scheduler = _exchanged(pipeline.scheduler, scheduler_class(settings.scheduler))
     pipeline.to(device)
     if device.type == "cuda":  # tensor cores read convolutions in this layout; CPUs gain nothing from it
         getattr(pipeline, backbone.denoiser).to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
+        for name in backbone.image_encoders:
+            getattr(pipeline, name).to(memory_format=torch.channels_last)
     if settings.compile:
         getattr(pipeline, backbone.denoiser).compile()
     return pipeline
 
 
-def sample(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings) -> list[Image.Image]:
+def _exchanged(scheduler: Any, kind: Any) -> Any:
+    config = dict(scheduler.config)
+    if kind is not type(scheduler) and str(config.get("variance_type")).startswith("learned"):
+        config["variance_type"] = "fixed_small"  # of the few classes that know it, each has its own form of it
+    return kind.from_config(config)
+
+
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplerSettings,
+    small: Sequence[Image.Image] = (),
+    **options: Any,
+) -> list[Image.Image]:
     """One RGB image a prompt, in batches of `settings.batch`; each image's noise comes from its own seed alone.
 
-    Each distinct prompt is encoded once. Raises ArithmeticError, naming the seeds, when pixels are not finite.
+    Each distinct prompt is encoded once. A super-resolution pipeline enlarges the images `small`, one a prompt;
+    `options` go to the pipeline. Raises ArithmeticError, naming the seeds, when pixels are not finite.
     """
     assert len(prompts) == len(seeds)
+    assert len(small) in (0, len(prompts))
     encoded = {prompt: _encode(pipeline, prompt, settings) for prompt in dict.fromkeys(prompts)}
     images: list[Image.Image] = []
     for start in range(0, len(prompts), settings.batch):
@@ -96,6 +113,8 @@ def sample(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings
             width=settings.resolution,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chosen]],
             output_type="np",
+            **({"image": list(small[chosen])} if small else {}),
+            **options,
         ).images
         broken = {
             seed: prompt
@@ -105,7 +124,7 @@ def sample(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings
         if broken:
             named = ", ".join(f"{prompt!r} with seed {seed}" for seed, prompt in broken.items())
             raise ArithmeticError(f"pixels are not finite in the images of {named}: try precision fp32")
-        images += pipeline.image_processor.numpy_to_pil(output)
+        images += pipeline.numpy_to_pil(output)
     return images
 
 
@@ -140,7 +159,7 @@ def probe_batch(backbone: Backbone, settings: SamplerSettings, gpus: float) -> i
     def fits(batch: int) -> bool:
         try:
             images = sample(pipeline, ["a"] * batch, range(batch), replace(settings, batch=batch, steps=2))
-            backbone.encode_images(pipeline.vae, to_pixels(images).to(device))
+            backbone.encode_images(pipeline.components, to_pixels(images).to(device))
         except torch.OutOfMemoryError:
             return False
         finally:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from dreambooth.backbones import Backbone, Conditioning
 from dreambooth.diffusion import PriorPreservationLoss, prior_preservation_loss
 from dreambooth.learning_rate import learning_rate_factor
-from dreambooth.memory import enable_gradient_checkpointing
+from dreambooth.memory import enable_gradient_checkpointing, in_precision
 from dreambooth.sampling import DTYPES
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
@@ -72,9 +72,7 @@ class Trainable(nn.Module):
         if ids:
             encoders = {name: self.networks[name] for name in self.backbone.text_encoders}
             conditioning = conditioning | self.backbone.encode_text(encoders, ids)
-        # The engine holds bf16 weights; positions in time stay exact, everything continuous takes the weights' type.
-        dtype = z_t.dtype
-        conditioning = {name: value.to(dtype) for name, value in conditioning.items()}
+        conditioning = in_precision(conditioning, z_t.dtype)
         return self.backbone.predict(self.networks[self.backbone.denoiser], z_t, t, conditioning)
 
 

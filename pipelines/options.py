@@ -38,7 +38,12 @@ class ModelOptions:
     """The model to start from."""
 
     backbone: str = "embedded"
-    """"embedded", a folder written by diffusers' save_pretrained, or a hub id (Stable Diffusion 1.x/2.x, SDXL)."""
+    """"embedded", a folder written by diffusers' save_pretrained, or a hub id (Stable Diffusion 1.x/2.x,
+    SDXL, stage I of DeepFloyd IF)."""
+    super_resolution: str | None = None
+    """Train this stage of a cascade too, and enlarge samples with it: stage II of DeepFloyd IF, a folder or hub id."""
+    noise_level: int | None = None
+    """Noise on the small image in super-resolution. By default the level nearest to the paper's lowered 1e-5."""
     resolution: int | None = None
     """Side of the square training images, in pixels. By default the backbone's own."""
     train_text_encoder: bool = False
@@ -59,8 +64,8 @@ class PriorOptions:
     """Guidance scale. By default the backbone's preset."""
     prior_batch: int | Literal["auto"] = 8
     """Images drawn at once; part of what determines an image, down to rounding. "auto" probes this machine's GPU."""
-    prior_scheduler: str = "EulerAncestralDiscreteScheduler"
-    """diffusers scheduler class; the default is ancestral, as in the paper."""
+    prior_scheduler: str | None = None
+    """diffusers scheduler class. By default the backbone's preset, which is ancestral, as in the paper."""
     prior_compile: bool = False
     """Run the denoiser through torch.compile: slower to start, faster an image."""
     prior_workers: int | None = None

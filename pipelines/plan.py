@@ -130,7 +130,8 @@ def _check_numbers(options: Options) -> None:
         raise ValueError("--text-encoder-learning-rate needs --train-text-encoder")
     if options.prior.prior_batch != "auto" and not options.prior.prior_batch > 0:
         raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
-    scheduler_class(options.prior.prior_scheduler)
+    if options.prior.prior_scheduler is not None:
+        scheduler_class(options.prior.prior_scheduler)
     if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
         raise ValueError("--offload cpu needs --zero-stage 1, 2 or 3")
     if options.training.precision == "bf16" and options.cluster.zero_stage == 0:
@@ -290,7 +291,7 @@ def _prior_sampler(options: Options, backbone: Backbone, training: Training, lan
         batch=1 if chosen.prior_batch == "auto" else chosen.prior_batch,
         threads=lane.cpus_per_worker,
         precision=training.precision,
-        scheduler=chosen.prior_scheduler,
+        scheduler=chosen.prior_scheduler or preset.prior_scheduler,
         compile=chosen.prior_compile,
     )
     if chosen.prior_batch != "auto":
@@ -312,8 +313,10 @@ def _identifier(
     used = store.identifiers(besides=spec.name) | taken
     wanted = spec.identifier or store.identifier(spec.name)
     if wanted is None:
-        return find_identifier(tokenizers, seed=options.run.seed, subject=spec.name, used=used)
-    identifier = check_identifier(wanted, tokenizers)
+        return find_identifier(
+            tokenizers, seed=options.run.seed, subject=spec.name, used=used, clean=backbone.clean_prompt
+        )
+    identifier = check_identifier(wanted, tokenizers, backbone.clean_prompt)
     if identifier.text in used:
         raise ValueError(f"--identifier {identifier.text!r} belongs to another subject of {store.root}: choose another")
     return identifier

@@ -102,12 +102,11 @@ class TrainingSetEncoder:
     def _instances(self, subject: Subject, run: Run) -> dict[str, torch.Tensor]:
         assert self._backbone is not None
         resolution = run.training.resolution
+        encoders = {name: self._network(name) for name in self._backbone.image_encoders}
         rows: dict[str, list[torch.Tensor]] = {}
         for image in subject.images:
             square, original_size, crop = square_crop(image.pixels(), resolution)
-            mean, log_variance = self._backbone.encode_images(
-                self._network("vae"), to_pixels([square]).to(self._device)
-            )
+            mean, log_variance = self._backbone.encode_images(encoders, to_pixels([square]).to(self._device))
             sizes = self._backbone.size_conditioning(original_size, crop, (resolution, resolution))
             for name, value in {"mean": mean[0], "log_variance": log_variance[0], **sizes}.items():
                 rows.setdefault(f"instance.{name}", []).append(value.cpu())

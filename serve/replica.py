@@ -47,7 +47,7 @@ class Skeleton:
 
     def __init__(self, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
         """Build the pipeline with the backbone's own weights."""
-        self.pipeline = backbone.pipeline(dtype).to(device)
+        self.pipeline = backbone.pipeline(dtype, backbone.trained_parts()).to(device)
         networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
         self._live = {
             f"{component}.{name}": tensor
@@ -138,7 +138,7 @@ class SubjectReplica:
         ).images
         if not np.isfinite(pixels).all():
             raise ArithmeticError(f"{order.subject}@{order.version} gave pixels that are not finite")
-        [image] = pipeline.image_processor.numpy_to_pil(pixels)
+        [image] = pipeline.numpy_to_pil(pixels)
         png = io.BytesIO()
         image.save(png, "PNG")
         return png.getvalue()

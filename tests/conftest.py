@@ -22,7 +22,13 @@ import ray  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dreambooth.storage import Location  # noqa: E402
-from tests.small_models import write_clip, write_sdxl, write_stable_diffusion  # noqa: E402
+from tests.small_models import (  # noqa: E402
+    write_clip,
+    write_deepfloyd_if,
+    write_deepfloyd_if_super_resolution,
+    write_sdxl,
+    write_stable_diffusion,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +43,18 @@ def small_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small Stable Diffusion that predicts v."""
     return write_stable_diffusion(tmp_path_factory.mktemp("backbones") / "sd", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def small_if(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small stage I of DeepFloyd IF."""
+    return write_deepfloyd_if(tmp_path_factory.mktemp("backbones") / "if-i")
+
+
+@pytest.fixture(scope="session")
+def small_if_super_resolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small stage II of DeepFloyd IF."""
+    return write_deepfloyd_if_super_resolution(tmp_path_factory.mktemp("backbones") / "if-ii")
 
 
 @pytest.fixture(scope="session")

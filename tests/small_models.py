@@ -9,7 +9,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     EulerDiscreteScheduler,
+    IFPipeline,
+    IFSuperResolutionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -21,9 +24,12 @@ from transformers import (
     CLIPProcessor,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
 )
 
 from dreambooth.embedded.untrained import make_tokenizer, text_config
+from tests.small_tokenizers import small_t5_tokenizer
 
 _BLOCKS = {
     "sample_size": 8,
@@ -89,6 +95,73 @@ def write_sdxl(folder: Path) -> Path:
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder
+
+
+_IF_BLOCKS = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "block_out_channels": (16, 32),
+    "out_channels": 6,
+    "norm_num_groups": 8,
+    "act_fn": "gelu",
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": 24,
+    "encoder_hid_dim_type": "text_proj",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 2,
+    "resnet_time_scale_shift": "scale_shift",
+    "resnet_skip_time_act": True,
+    "mid_block_scale_factor": 1.414,
+    "time_embedding_act_fn": "gelu",
+}
+_IF_NOISE = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
+_IF_OFF = {"safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False}
+
+
+def write_deepfloyd_if(folder: Path) -> Path:
+    """A stage I of DeepFloyd IF for 32x32 pixels: T5, no autoencoder, a learned variance beside epsilon."""
+    torch.manual_seed(4)
+    tokenizer = small_t5_tokenizer()
+    IFPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_t5(len(tokenizer)),
+        unet=UNet2DConditionModel(**_IF_BLOCKS, sample_size=32, in_channels=3, layers_per_block=1),
+        scheduler=_if_scheduler(sample_max_value=1.5),
+        **_IF_OFF,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_deepfloyd_if_super_resolution(folder: Path) -> Path:
+    """A stage II of DeepFloyd IF for 64x64 pixels: the small image beside the noisy one, its noise level as a class."""
+    torch.manual_seed(5)
+    tokenizer = small_t5_tokenizer()
+    unet = UNet2DConditionModel(
+        **_IF_BLOCKS, sample_size=64, in_channels=6, layers_per_block=(1, 2), class_embed_type="timestep"
+    )
+    IFSuperResolutionPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_t5(len(tokenizer)),
+        unet=unet,
+        scheduler=_if_scheduler(sample_max_value=1.0),
+        image_noising_scheduler=DDPMScheduler(**_IF_NOISE),
+        **_IF_OFF,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _t5(vocabulary: int) -> T5EncoderModel:
+    sizes = {"d_model": 24, "d_kv": 12, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **sizes))
+
+
+def _if_scheduler(sample_max_value: float) -> DDPMScheduler:
+    return DDPMScheduler(
+        **_IF_NOISE, variance_type="learned_range", thresholding=True, sample_max_value=sample_max_value
+    )
 
 
 def _autoencoder(**options: object) -> AutoencoderKL:

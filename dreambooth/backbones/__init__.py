@@ -7,13 +7,25 @@ import json
 import re
 from pathlib import Path
 
-from dreambooth.backbones.base import Backbone, Conditioning, TokenIds
+from dreambooth.backbones.base import Backbone, Conditioning, LowResolution, TokenIds
+from dreambooth.backbones.deepfloyd_if import DeepFloydIF, DeepFloydIFSuperResolution
 from dreambooth.backbones.sdxl import SDXL
 from dreambooth.backbones.stable_diffusion import StableDiffusion
 
-FAMILIES: tuple[type[Backbone], ...] = (StableDiffusion, SDXL)
+FAMILIES: tuple[type[Backbone], ...] = (StableDiffusion, SDXL, DeepFloydIF, DeepFloydIFSuperResolution)
 
-__all__ = ["FAMILIES", "SDXL", "Backbone", "Conditioning", "StableDiffusion", "TokenIds", "open_backbone"]
+__all__ = [
+    "FAMILIES",
+    "SDXL",
+    "Backbone",
+    "Conditioning",
+    "DeepFloydIF",
+    "DeepFloydIFSuperResolution",
+    "LowResolution",
+    "StableDiffusion",
+    "TokenIds",
+    "open_backbone",
+]
 
 
 def open_backbone(source: str | Path) -> Backbone:

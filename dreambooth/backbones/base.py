@@ -6,6 +6,7 @@ import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,14 @@ Conditioning = dict[str, Tensor]
 _LIBRARIES = ("diffusers", "transformers")
 
 
+@dataclass(frozen=True)
+class LowResolution:
+    """The small image that super-resolution enlarges: its side in pixels, and the level of the noise laid on it."""
+
+    side: int
+    noise_level: int
+
+
 class Backbone(ABC):
     """A text-to-image model on disk: a folder in the layout of diffusers' `save_pretrained`.
 
@@ -35,6 +44,8 @@ class Backbone(ABC):
     family: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
     denoiser: ClassVar[str] = "unet"
+    image_encoders: ClassVar[tuple[str, ...]] = ("vae",)
+    """Empty where the denoiser works on the pixels themselves."""
     text_encoders: ClassVar[tuple[str, ...]]
     tokenizer_names: ClassVar[tuple[str, ...]]
 
@@ -46,9 +57,10 @@ class Backbone(ABC):
         self.folder = folder
         self.index = index
         self.source = source
-        for name in (self.denoiser, "vae", *self.text_encoders):
+        networks = (self.denoiser, *self.image_encoders, *self.text_encoders)
+        for name in networks:
             self._check_weights(name)
-        for name in (self.denoiser, "vae", *self.text_encoders, *self.tokenizer_names):
+        for name in (*networks, *self.tokenizer_names):
             if not isinstance(index.get(name), list):
                 raise ValueError(f"backbone {source!r} is incomplete: its model_index.json names no {name}")
         _ = self.schedule  # read now: an untrainable one is the user's to know before anything is started
@@ -126,10 +138,13 @@ class Backbone(ABC):
     @cached_property
     def schedule(self) -> NoiseSchedule:
         """The noise schedule and prediction type that the backbone's scheduler states."""
+        return self._read_schedule("scheduler")
+
+    def _read_schedule(self, component: str) -> NoiseSchedule:
         try:
-            config = DDPMScheduler.load_config(self.folder, subfolder="scheduler")
+            config = DDPMScheduler.load_config(self.folder, subfolder=component)
         except OSError as error:
-            raise ValueError(f"backbone {self.source!r} is incomplete: no scheduler in {self.folder}") from error
+            raise ValueError(f"backbone {self.source!r} is incomplete: no {component} in {self.folder}") from error
         if "beta_start" not in config:
             raise ValueError(
                 f"backbone {self.source!r} has {config.get('_class_name')}, which has no variance-preserving noise "
@@ -138,10 +153,10 @@ class Backbone(ABC):
         scheduler = DDPMScheduler.from_config(config)
         return NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
-    def pipeline(self, dtype: torch.dtype, replacements: Mapping[str, nn.Module] | None = None) -> Any:
+    def pipeline(self, dtype: torch.dtype, replacements: Mapping[str, Any] | None = None) -> Any:
         """diffusers' own pipeline of this backbone, without watermarker or safety checker.
 
-        `replacements` are networks to use instead of the backbone's, by component name.
+        `replacements` are networks and such to use instead of the backbone's, by component name.
         """
         import diffusers
 
@@ -158,6 +173,10 @@ class Backbone(ABC):
         return pipeline
 
     def _pipeline_options(self) -> dict[str, Any]:
+        return {}
+
+    def trained_parts(self) -> dict[str, Any]:
+        """What a trained denoiser needs besides itself instead of the backbone's, by component name."""
         return {}
 
     # -- images and latents --------------------------------------------------------------------------------------------
@@ -195,11 +214,12 @@ class Backbone(ABC):
             raise ValueError(f"a resolution of {resolution} does not fit this backbone: use a multiple of {multiple}")
 
     @torch.no_grad()
-    def encode_images(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, encoders: Mapping[str, Any], pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents of `pixels` (B, 3, H, W) in [-1, 1]; each (B, C, h, w) in float32.
 
         Raises ArithmeticError when they are not finite (SDXL's autoencoder overflows in float16).
         """
+        vae = encoders["vae"]
         posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
@@ -217,22 +237,28 @@ class Backbone(ABC):
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
+    def clean_prompt(self, prompt: str) -> str:
+        """The prompt as the tokenizers see it, by what diffusers' pipeline makes of it first."""
+        return prompt
+
+    def prompt_length(self, tokenizer: Any) -> int:
+        """The tokens of a prompt, padding included."""
+        return tokenizer.model_max_length
+
     def tokenize(self, prompts: Sequence[str]) -> TokenIds:
         """Token ids of the prompts for every tokenizer, padded to its full length as diffusers' pipelines do.
 
         Raises ValueError when a prompt is longer than a tokenizer takes.
         """
         ids = {}
+        cleaned = [self.clean_prompt(prompt) for prompt in prompts]
         for name, tokenizer in self.tokenizers.items():
-            for prompt in prompts:
+            longest = self.prompt_length(tokenizer)
+            for prompt in cleaned:
                 length = len(tokenizer(prompt).input_ids)
-                if length > tokenizer.model_max_length:
-                    raise ValueError(
-                        f"the prompt {prompt!r} has {length} tokens; {self.source!r} takes {tokenizer.model_max_length}"
-                    )
-            padded = tokenizer(
-                list(prompts), padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
-            )
+                if length > longest:
+                    raise ValueError(f"the prompt {prompt!r} has {length} tokens; {self.source!r} takes {longest}")
+            padded = tokenizer(cleaned, padding="max_length", max_length=longest, return_tensors="pt")
             ids[name] = padded.input_ids
         return ids
 
@@ -250,6 +276,11 @@ class Backbone(ABC):
     ) -> Conditioning:
         """The conditioning of one image on its own size and crop, (height, width) and (top, left), without a batch."""
         del original_size, crop_top_left, target_size
+        return {}
+
+    def image_conditioning(self, x: Tensor, noise: Tensor, low: LowResolution) -> Conditioning:
+        """The conditioning of super-resolution on a small form of the images `x` (B, 3, H, W), with `noise` like x."""
+        del x, noise, low
         return {}
 
     @abstractmethod

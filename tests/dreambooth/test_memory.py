@@ -17,7 +17,7 @@ from dreambooth.memory import MemoryPlan, enable_gradient_checkpointing, plan_me
 ROWS, RESOLUTION = 4, 32
 
 
-@pytest.fixture(params=["small_stable_diffusion", "small_sdxl"])
+@pytest.fixture(params=["small_stable_diffusion", "small_sdxl", "small_if"])
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     folder: Path = request.getfixturevalue(request.param)
     return open_backbone(folder)
@@ -93,7 +93,9 @@ def test_activations_grow_with_rows_resolution_and_trained_networks_and_halve_in
 def test_gradient_checkpointing_keeps_a_fraction(backbone: Backbone, with_text: bool) -> None:
     trained = all_trained(backbone, with_text)
     whole = plan(backbone, trained).activations
-    assert plan(backbone, trained, gradient_checkpointing=True).activations < 0.3 * whole
+    # In the blocks of DeepFloyd IF diffusers recomputes the convolutions, not the attention.
+    fraction = 0.7 if backbone.family.startswith("deepfloyd") else 0.3
+    assert plan(backbone, trained, gradient_checkpointing=True).activations < fraction * whole
 
 
 # Bytes a parameter, with 4 workers: weights, gradients, optimizer states.
@@ -140,5 +142,5 @@ def test_attention_is_itself_again_after_planning(backbone: Backbone) -> None:
     before = nn.functional.scaled_dot_product_attention
     plan(backbone)
     with pytest.raises(KeyError, match="unet"):
-        plan(backbone, ["vae"])
+        plan(backbone, ["text_encoder"])
     assert nn.functional.scaled_dot_product_attention is before

@@ -4,9 +4,11 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
+from diffusers import SchedulerMixin
 
 from dreambooth.backbones import FAMILIES, open_backbone
 from dreambooth.presets import PRESETS, Preset, preset_of
+from dreambooth.sampling import scheduler_class
 
 
 def test_every_family_and_the_embedded_backbone_has_a_preset() -> None:
@@ -15,7 +17,9 @@ def test_every_family_and_the_embedded_backbone_has_a_preset() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_presets_are_usable(preset: Preset) -> None:
-    assert all(value > 0 for value in astuple(preset))
+    *numbers, prior_scheduler = astuple(preset)
+    assert all(value > 0 for value in numbers)
+    assert issubclass(scheduler_class(prior_scheduler), SchedulerMixin)
     assert preset.learning_rate_with_text_encoder < preset.learning_rate <= 1e-3
     assert preset.prior_images >= preset.batch
 

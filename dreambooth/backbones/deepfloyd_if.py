@@ -1,0 +1,140 @@
+"""DeepFloyd IF, a cascade of the Imagen kind in pixel space: stage I draws 64x64 pixels, stage II enlarges them.
+
+Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding", NeurIPS 2022. Both
+stages hear the same T5 encoder. The U-Nets predict epsilon in the first half of their channels and a variance in the
+second; only epsilon is trained, so that a trained U-Net is sampled with a fixed variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, IFPipeline
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from dreambooth.backbones.base import Backbone, Conditioning, LowResolution, TokenIds
+from dreambooth.diffusion import NoiseSchedule
+
+_PROMPT_LENGTH = 77
+"""Tokens for which IF was trained; T5 itself takes longer texts."""
+_AUGMENTATION = 1e-5
+"""Variance of the noise on the small image, to which Ruiz et al. lower Imagen's 1e-3 (section 3.4)."""
+
+
+class DeepFloydIF(Backbone):
+    """The family of `IFPipeline`, stage I."""
+
+    family = "deepfloyd-if"
+    pipeline_classes = ("IFPipeline",)
+    image_encoders = ()
+    text_encoders = ("text_encoder",)
+    tokenizer_names = ("tokenizer",)
+
+    def _pipeline_options(self) -> dict[str, Any]:
+        without = dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"))
+        return {**without, "requires_safety_checker": False}
+
+    def pipeline(self, dtype: torch.dtype, replacements: Mapping[str, Any] | None = None) -> Any:
+        """diffusers' own pipeline, whose `encode_prompt` cleans prompts by default as a call to it does."""
+        pipeline = super().pipeline(dtype, replacements)
+        pipeline.encode_prompt = partial(pipeline.encode_prompt, clean_caption=True)
+        return pipeline
+
+    def trained_parts(self) -> dict[str, Any]:
+        """The scheduler, with a fixed variance: that of the U-Net no longer belongs to its epsilon."""
+        config = DDPMScheduler.load_config(self.folder, subfolder="scheduler")
+        return {"scheduler": DDPMScheduler.from_config(config, variance_type="fixed_small")}
+
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels are their own latents."""
+        return 1
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(3, height, width) of a square image."""
+        return (3, resolution, resolution)
+
+    def encode_images(self, encoders: Mapping[str, Any], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The pixels (B, 3, H, W) themselves, without variance."""
+        del encoders
+        return pixels, torch.full_like(pixels, -torch.inf)
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """The pixels as they are."""
+        return latents
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _cleaner(self) -> Any:
+        """A pipeline without parts, for its way with words, which it has without them."""
+        return IFPipeline(*[None] * 7, requires_safety_checker=False)
+
+    def clean_prompt(self, prompt: str) -> str:
+        """Lower-case, without what no caption needs (links, names of files, codes), as a call to the pipeline does."""
+        [cleaned] = self._cleaner._text_preprocessing(prompt, clean_caption=True)
+        return cleaned
+
+    def prompt_length(self, tokenizer: Any) -> int:
+        """That for which IF was trained."""
+        del tokenizer
+        return _PROMPT_LENGTH
+
+    def encode_text(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:
+        """T5's last hidden states, (B, length, width); its attention leaves out the padding."""
+        tokens = ids["tokenizer"]
+        # As T5 has it inside, (B, 1, 1, length): from (B, length) it would ask for values, of which the meta device has none.
+        mask = (tokens != self.tokenizers["tokenizer"].pad_token_id)[:, None, None, :]
+        states = encoders["text_encoder"](tokens, attention_mask=mask).last_hidden_state
+        return {"encoder_hidden_states": states}
+
+    # -- denoising -----------------------------------------------------------------------------------------------------
+
+    def predict(self, denoiser: nn.Module, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's epsilon, without its variance."""
+        said = denoiser(z_t, t, encoder_hidden_states=conditioning["encoder_hidden_states"]).sample
+        return said[:, : z_t.shape[1]]
+
+
+class DeepFloydIFSuperResolution(DeepFloydIF):
+    """The family of `IFSuperResolutionPipeline`, stage II."""
+
+    family = "deepfloyd-if-ii"
+    pipeline_classes = ("IFSuperResolutionPipeline",)
+
+    @cached_property
+    def augmentation(self) -> NoiseSchedule:
+        """The noise on the small image, by level."""
+        return self._read_schedule("image_noising_scheduler")
+
+    @property
+    def default_noise_level(self) -> int:
+        """The level whose variance is nearest to the one that Ruiz et al. lower it to."""
+        return int((1 - self.augmentation.alphas_cumprod - _AUGMENTATION).abs().argmin())
+
+    def image_conditioning(self, x: Tensor, noise: Tensor, low: LowResolution) -> Conditioning:
+        """`upscaled` (B, 3, H, W), x made small, enlarged again and noised as the pipeline does, and `noise_level` (B,).
+
+        Stage I's images are photos made small with antialiasing, and so is x.
+        """
+        size = (low.side, low.side)
+        small = interpolate(x, size, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+        upscaled = interpolate(small, x.shape[-2:], mode="bilinear", align_corners=True)
+        level = torch.full((len(x),), low.noise_level, device=x.device)
+        return {"upscaled": self.augmentation.add_noise(upscaled, noise, level), "noise_level": level}
+
+    def predict(self, denoiser: nn.Module, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's epsilon for z_t beside the enlarged image, without its variance."""
+        said = denoiser(
+            torch.cat([z_t, conditioning["upscaled"]], dim=1),
+            t,
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            class_labels=conditioning["noise_level"],
+        ).sample
+        return said[:, : z_t.shape[1]]
