@@ -31,13 +31,12 @@ class Preset:
 _EULER, _DDPM = "EulerAncestralDiscreteScheduler", "DDPMScheduler"
 
 PRESETS: dict[str, Preset] = {
-    #                                steps lr    lr with text  batch  prior images  sampler steps  guidance  prior scheduler
-    #                                            encoder
-    "embedded":               Preset(150,  1e-4, 2e-5,         4,     64,           20,            5.0,      _EULER),
-    "stable-diffusion":       Preset(800,  5e-6, 2e-6,         2,     200,          50,            7.5,      _EULER),
-    "sdxl":                   Preset(800,  1e-6, 5e-7,         4,     200,          40,            5.0,      _EULER),
-    "deepfloyd-if":           Preset(1000, 1e-7, 5e-8,         4,     200,          100,           7.0,      _DDPM),
-    "deepfloyd-if-ii":        Preset(1000, 5e-6, 2e-6,         2,     200,          50,            4.0,      _DDPM),
+    #                          steps lr    lr with text encoder  batch  prior images  sampler steps  guidance  scheduler
+    "embedded":         Preset(150,  1e-4, 2e-5,                 4,     64,           20,            5.0,      _EULER),
+    "stable-diffusion": Preset(800,  5e-6, 2e-6,                 2,     200,          50,            7.5,      _EULER),
+    "sdxl":             Preset(800,  1e-6, 5e-7,                 4,     200,          40,            5.0,      _EULER),
+    "deepfloyd-if":     Preset(1000, 1e-7, 5e-8,                 4,     200,          100,           7.0,      _DDPM),
+    "deepfloyd-if-ii":  Preset(1000, 5e-6, 2e-6,                 2,     200,          50,            4.0,      _DDPM),
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Version:
 
     @property
     def components(self) -> list[str]:
-        """The networks that the version holds, for example `["unet"]`."""
+        """The parts of the backbone that the version holds, for example `["unet"]`."""
         return self.manifest["components"]
 
 

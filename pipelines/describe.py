@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from dreambooth.memory import MemoryPlan
 from pipelines.plan import GIB, Plan, disk_bytes
 from pipelines.run import PlannedSubject
 
@@ -16,19 +17,24 @@ def describe(plan: Plan) -> Iterator[str]:
         if value not in (None, (), False):
             yield f"  {name:24} {value}"
     yield "Backbone"
-    yield f"  {plan.backbone.source} ({plan.backbone.family}), hash {plan.backbone.hash[:12]}"
+    for backbone in plan.backbones:
+        yield f"  {backbone.source} ({backbone.family}), hash {backbone.hash[:12]}"
     for planned in plan.subjects:
         yield from _describe_subject(planned)
     for name, reason in plan.failures.items():
         yield f"Subject {name} cannot be personalized: {reason}"
     if plan.subjects:
-        yield "Training"
-        for name, value in {**asdict(plan.subjects[0].run.training), **asdict(plan.subjects[0].run.lane)}.items():
-            yield f"  {name:24} {value}"
+        for stage in plan.subjects[0].run.stages:
+            yield "Training" if stage.training.low_resolution is None else "Training of super-resolution"
+            for name, value in {**asdict(stage.training), **asdict(stage.lane)}.items():
+                yield f"  {name:24} {value}"
     yield "Class-prior images"
     for prompt, (wanted, present) in plan.missing_priors().items():
         yield f"  {prompt!r}: {wanted} wanted, {present} already there, {wanted - present} to make"
-    yield from _describe_memory(plan)
+    for memory in plan.memory:
+        yield from _describe_memory(plan, memory)
+    free = plan.store.free_bytes()
+    yield f"Disk: about {_size(disk_bytes(plan))} of {_size(free) if free is not None else 'an object store'}"
 
 
 def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
@@ -46,8 +52,8 @@ def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
     yield f"  version       {run.subject}@{run.version}"
 
 
-def _describe_memory(plan: Plan) -> Iterator[str]:
-    memory, stage = plan.memory, plan.options.cluster.zero_stage
+def _describe_memory(plan: Plan, memory: MemoryPlan) -> Iterator[str]:
+    stage = plan.options.cluster.zero_stage
     yield f"Memory per device (ZeRO stage {stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
     for name in ("weights", "gradients", "optimizer_states", "activations", "total"):
         yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
@@ -58,8 +64,6 @@ def _describe_memory(plan: Plan) -> Iterator[str]:
     else:
         verdict = "fits" if memory.total <= plan.device_bytes else "DOES NOT FIT"
         yield f"  {verdict} in {_size(plan.device_bytes)}"
-    free = plan.store.free_bytes()
-    yield f"Disk: about {_size(disk_bytes(plan))} of {_size(free) if free is not None else 'an object store'}"
 
 
 def _size(count: int) -> str:

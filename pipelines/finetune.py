@@ -104,8 +104,12 @@ class Batches:
         prompts = torch.tensor([self._halves.index(half) for half in self._halves for _ in samples])
         names = drawn[0]["sizes"].keys()
         sizes = {name: torch.stack([row["sizes"][name] for row in drawn]) for name in names}
+        x = self._backbone.scale_latents(torch.stack([row["x"] for row in drawn]))
+        if (low := self._run.training.low_resolution) is not None:
+            noise = torch.stack([row["augmentation"] for row in drawn])
+            sizes |= self._backbone.image_conditioning(x, noise, low)
         return {
-            "x": self._backbone.scale_latents(torch.stack([row["x"] for row in drawn])),
+            "x": x,
             "epsilon": torch.stack([row["epsilon"] for row in drawn]),
             "t": torch.tensor([row["t"] for row in drawn]),
             "conditioning": sizes | {name: value[prompts] for name, value in self._text.items()},
@@ -115,6 +119,7 @@ class Batches:
 
     def _row(self, half: str, step: int, sample: int) -> dict[str, Any]:
         run, columns = self._run, self._rows[half]
+        low = run.training.low_resolution
         base = (run.seed, run.subject, half)
         count = columns["mean"].get_shape()[0]
         index = shuffled(step * run.training.batch + sample, count, *base, "order")
@@ -126,6 +131,7 @@ class Batches:
         return {
             "x": mean + (0.5 * log_variance).exp() * latent_noise,
             "epsilon": epsilon,
+            "augmentation": normal(mean.shape, *base, "augmentation", step, sample) if low else None,
             "t": integer(self._backbone.schedule.steps, *base, "t", step, sample),
             "sizes": {name: column[index] for name, column in columns.items() if name not in ("mean", "log_variance")},
         }

@@ -68,7 +68,8 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
     with ray_session(lane, plan.options.run.verbose) as line:
         display.say(line)
         check_reachable(store)
-        store.add_backbone(plan.backbone)
+        for backbone in plan.backbones:
+            store.add_backbone(backbone)
         for planned in waiting:
             store.claim_identifier(planned.run.subject, planned.run.identifier)
         wanted = [(one.run.prior, one.run.training.prior_images) for one in waiting if one.run.prior is not None]
@@ -80,18 +81,20 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
         }
         outcomes = [Outcome(subject, None, reason) for subject, reason in stopped.items()]
         waiting = [one for one in waiting if one.run.subject not in stopped]
-        encode_training_sets(store, waiting, lane, display)
+        encode_training_sets(store, [stage for one in waiting for stage in one.stages], lane, display)
         for planned in waiting:
             run = planned.run
             display.say(f"{run.subject}: {run.instance_prompt!r}, version {run.version}")
             try:
-                checkpoint = finetune(store, run, plan.options.training.checkpoint_every, display)
-                version = publish(store, planned, checkpoint, display)
+                every = plan.options.training.checkpoint_every
+                checkpoints = [finetune(store, stage, every, display) for stage in run.stages]
+                version = publish(store, planned, checkpoints, display)
             except Exception as error:  # whatever it is, it must not take the other subjects down
                 traceback.print_exc()
                 outcomes.append(Outcome(run.subject, None, f"{_reason(error)} (traceback in the log)"))
             else:
-                (store.root / "runs" / run.key / "finetune").delete()
+                for stage in run.stages:
+                    (store.root / "runs" / stage.key / "finetune").delete()
                 outcomes.append(Outcome(run.subject, version))
     return outcomes
 

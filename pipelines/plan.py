@@ -12,7 +12,13 @@ from typing import Any
 import psutil
 import torch
 
-from dreambooth.backbones import Backbone, open_backbone
+from dreambooth.backbones import (
+    Backbone,
+    DeepFloydIF,
+    DeepFloydIFSuperResolution,
+    LowResolution,
+    open_backbone,
+)
 from dreambooth.class_noun import FoundNoun, find_class_noun
 from dreambooth.identifier import Identifier, check_identifier, find_identifier
 from dreambooth.judges.clip import ClipJudge
@@ -36,7 +42,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("prior_weight", "weight_decay", "max_grad_norm", "gpus_per_worker", "warmup_steps", "offset_noise", "ema_decay"),
-    *("prior_guidance", "sample_guidance", "seed"),
+    *("prior_guidance", "sample_guidance", "seed", "noise_level"),
 )
 
 
@@ -46,14 +52,21 @@ class Plan:
 
     options: Options
     store: SubjectStore
-    backbone: Backbone
+    backbones: tuple[Backbone, ...]
+    """The backbone, and the one that enlarges its images when a cascade is trained."""
     subjects: tuple[PlannedSubject, ...]
     failures: dict[str, str]
     """Subjects of a manifest that cannot be personalized, with the reason."""
     order: tuple[str, ...]
     """All subjects by name, as they were given."""
-    memory: MemoryPlan
+    memory: tuple[MemoryPlan, ...]
+    """Of each backbone; they are trained one after another."""
     device_bytes: int | None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone that draws from text."""
+        return self.backbones[0]
 
     def missing_priors(self) -> dict[str, tuple[int, int]]:
         """For each class prompt, the prior images wanted and those already in the store."""
@@ -73,14 +86,17 @@ def make_plan(options: Options) -> Plan:
     """
     _check_numbers(options)
     backbone = open_backbone(options.model.backbone)
-    training = _training(options, backbone)
-    lane = _lane(options)
-    micro_batch, remainder = divmod(training.batch, lane.workers * training.gradient_accumulation)
-    if remainder or not micro_batch:
+    if isinstance(backbone, DeepFloydIFSuperResolution):
         raise ValueError(
-            f"--batch {training.batch} does not divide among --workers {lane.workers} x --gradient-accumulation "
-            f"{training.gradient_accumulation}: use a multiple of {lane.workers * training.gradient_accumulation}"
+            f"--backbone {backbone.source!r} enlarges images and draws none: give its stage I, and this one as "
+            "--super-resolution"
         )
+    training = _training(options, backbone)
+    stages = [(backbone, training)]
+    if options.model.super_resolution is not None:
+        stages.append(_super_resolution(options, backbone, training))
+    lane = _lane(options)
+    memory = tuple(_memory(*stage, lane) for stage in stages)
     store = SubjectStore(options.run.store)
     specs = _specs(options)
     prior_sampler = _prior_sampler(options, backbone, training, lane) if training.prior_images else None
@@ -95,21 +111,10 @@ def make_plan(options: Options) -> Plan:
             failures[spec.name] = str(error)
         else:
             taken.add(planned.run.identifier)
-            subjects.append(planned)
-    memory = plan_memory(
-        backbone,
-        trained=training.trained,
-        rows=micro_batch * (2 if training.prior_weight else 1),
-        resolution=training.resolution,
-        precision=training.precision,
-        zero_stage=lane.zero_stage,
-        workers=lane.workers,
-        offload=lane.offload,
-        gradient_checkpointing=training.gradient_checkpointing,
-        ema=training.ema_decay > 0,
-    )
+            subjects.append(_with_super_resolution(planned, options, *stages[1:]))
     order = tuple(spec.name for spec in specs)
-    plan = Plan(options, store, backbone, tuple(subjects), failures, order, memory, _device_bytes(options, lane))
+    backbones = tuple(backbone for backbone, _ in stages)
+    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, _device_bytes(options, lane))
     _check_disk(plan)
     if not options.run.dry_run:
         store.check_writable()
@@ -132,6 +137,8 @@ def _check_numbers(options: Options) -> None:
         raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
     if options.prior.prior_scheduler is not None:
         scheduler_class(options.prior.prior_scheduler)
+    if options.model.noise_level is not None and options.model.super_resolution is None:
+        raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
     if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
         raise ValueError("--offload cpu needs --zero-stage 1, 2 or 3")
     if options.training.precision == "bf16" and options.cluster.zero_stage == 0:
@@ -140,10 +147,14 @@ def _check_numbers(options: Options) -> None:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 
 
-def _training(options: Options, backbone: Backbone) -> Training:
+def _training(options: Options, backbone: Backbone, low_resolution: LowResolution | None = None) -> Training:
+    """The settings of a stage. Ruiz et al. tune super-resolution on the subject's photos alone, without a prior."""
     preset, chosen = preset_of(backbone), options.training
     with_text = options.model.train_text_encoder
-    resolution = options.model.resolution or backbone.default_resolution
+    resolution = backbone.default_resolution
+    if low_resolution is None and options.model.resolution is not None:
+        resolution = options.model.resolution
+    prior_weight = options.prior.prior_weight if low_resolution is None else 0.0
     backbone.check_resolution(resolution)
     on_gpu = _gpus_per_worker(options) > 0
     rate = chosen.learning_rate or (preset.learning_rate_with_text_encoder if with_text else preset.learning_rate)
@@ -160,8 +171,8 @@ def _training(options: Options, backbone: Backbone) -> Training:
         warmup_steps=chosen.warmup_steps,
         batch=chosen.batch or preset.batch,
         gradient_accumulation=chosen.gradient_accumulation,
-        prior_weight=options.prior.prior_weight,
-        prior_images=(options.prior.prior_images or preset.prior_images) if options.prior.prior_weight else 0,
+        prior_weight=prior_weight,
+        prior_images=(options.prior.prior_images or preset.prior_images) if prior_weight else 0,
         min_snr_gamma=chosen.min_snr_gamma,
         offset_noise=chosen.offset_noise,
         ema_decay=chosen.ema_decay,
@@ -169,6 +180,67 @@ def _training(options: Options, backbone: Backbone) -> Training:
         max_grad_norm=chosen.max_grad_norm,
         precision=chosen.precision or ("bf16" if on_gpu else "fp32"),
         gradient_checkpointing=chosen.gradient_checkpointing,
+        low_resolution=low_resolution,
+    )
+
+
+def _super_resolution(options: Options, backbone: Backbone, training: Training) -> tuple[Backbone, Training]:
+    """The backbone that enlarges the images of `backbone`, which `training` makes, and its own training."""
+    second = open_backbone(options.model.super_resolution or "")
+    if not (isinstance(backbone, DeepFloydIF) and isinstance(second, DeepFloydIFSuperResolution)):
+        raise ValueError(
+            f"--super-resolution {second.source!r} ({second.family}) does not enlarge images of {backbone.source!r} "
+            f"({backbone.family}): give stage II of DeepFloyd IF beside its stage I"
+        )
+    if second.default_resolution <= training.resolution:
+        raise ValueError(
+            f"--super-resolution {second.source!r} draws {second.default_resolution} pixels a side, which does not "
+            f"enlarge --resolution {training.resolution}"
+        )
+    level = second.default_noise_level if options.model.noise_level is None else options.model.noise_level
+    if level >= second.augmentation.steps:
+        raise ValueError(f"--noise-level must be below {second.augmentation.steps}, not {level}")
+    return second, _training(options, second, LowResolution(training.resolution, level))
+
+
+def _with_super_resolution(
+    planned: PlannedSubject, options: Options, *second: tuple[Backbone, Training]
+) -> PlannedSubject:
+    """Add the second stage, if there is one, to the subject's run."""
+    run = planned.run
+    for backbone, training in second:
+        samples = replace(run.samples, resolution=training.resolution, **_drawing(options, backbone))
+        enlarged = replace(run, backbone=backbone.hash, training=training, prior=None, samples=samples)
+        run = replace(run, super_resolution=enlarged)
+    return replace(planned, run=run)
+
+
+def _drawing(options: Options, backbone: Backbone) -> dict[str, Any]:
+    preset, chosen = preset_of(backbone), options.samples
+    return {
+        "steps": chosen.sample_steps or preset.sampler_steps,
+        "guidance": _or(chosen.sample_guidance, preset.guidance),
+    }
+
+
+def _memory(backbone: Backbone, training: Training, lane: Lane) -> MemoryPlan:
+    micro_batch, remainder = divmod(training.batch, lane.workers * training.gradient_accumulation)
+    if remainder or not micro_batch:
+        raise ValueError(
+            f"--batch {training.batch} does not divide among --workers {lane.workers} x --gradient-accumulation "
+            f"{training.gradient_accumulation}: use a multiple of {lane.workers * training.gradient_accumulation}"
+        )
+    return plan_memory(
+        backbone,
+        trained=training.trained,
+        rows=micro_batch * (2 if training.prior_weight else 1),
+        resolution=training.resolution,
+        precision=training.precision,
+        zero_stage=lane.zero_stage,
+        workers=lane.workers,
+        offload=lane.offload,
+        gradient_checkpointing=training.gradient_checkpointing,
+        ema=training.ema_decay > 0,
     )
 
 
@@ -229,7 +301,6 @@ def _plan_subject(
 ) -> PlannedSubject:
     subject, found_noun = _load(options, spec)
     identifier = _identifier(options, spec, backbone, store, taken)
-    preset = preset_of(backbone)
     sampling: dict[str, Any] = {
         "resolution": training.resolution,
         "threads": lane.cpus_per_worker,
@@ -239,10 +310,9 @@ def _plan_subject(
     if prior_sampler is not None:
         prior = PriorSet(backbone.hash, class_prompt(subject.class_noun), prior_sampler, options.run.seed)
     samples = SamplerSettings(
-        steps=options.samples.sample_steps or preset.sampler_steps,
-        guidance=_or(options.samples.sample_guidance, preset.guidance),
         batch=1,  # alone, an image is the same as in any plain diffusers call
         **sampling,
+        **_drawing(options, backbone),
     )
     templates = spec.prompts or options.samples.sample_prompts or default_samples(subject.class_noun)
     prompts = tuple(fill(template, identifier.text, subject.class_noun) for template in templates)
@@ -345,5 +415,6 @@ def _check_disk(plan: Plan) -> None:
 
 def disk_bytes(plan: Plan) -> int:
     """What the run will write at most: the backbone once, two checkpoints and one more in flight, and each version."""
-    parameters = plan.memory.parameters
-    return sum(plan.backbone.files.values()) + 3 * 12 * parameters + 4 * parameters * len(plan.subjects)
+    parameters = sum(memory.parameters for memory in plan.memory)
+    files = sum(size for backbone in plan.backbones for size in backbone.files.values())
+    return files + 3 * 12 * parameters + 4 * parameters * len(plan.subjects)

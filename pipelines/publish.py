@@ -1,16 +1,20 @@
-"""From a final checkpoint to a published version: weights in diffusers' layout, samples, contact sheet, lineage."""
+"""From final checkpoints to a published version: weights in diffusers' layout, samples, contact sheet, lineage.
+
+The parts that changed lie in folders named as in the backbone's; those of super-resolution in a folder of that name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dreambooth.backbones import Backbone
@@ -25,14 +29,18 @@ from pipelines.finetune import read_checkpoint
 from pipelines.run import PlannedSubject, Run
 
 _PRIORS_SHOWN = 6
+_SUPER_RESOLUTION = "super_resolution"
 
 
-def publish(store: SubjectStore, planned: PlannedSubject, checkpoint: Location, display: Display) -> Version:
-    """Draw the sample prompts with the trained weights and publish everything as the run's version."""
+def publish(store: SubjectStore, planned: PlannedSubject, checkpoints: Sequence[Location], display: Display) -> Version:
+    """Draw the sample prompts with the trained weights and publish everything as the run's version.
+
+    `checkpoints` has one for each of the run's stages.
+    """
     run = planned.run
     device = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}
     with display.stage("sample", len(run.sample_prompts), "images") as stage:
-        sampler = ray.remote(_Publisher).options(**device).remote(store.root.uri, run, checkpoint)
+        sampler = ray.remote(_Publisher).options(**device).remote(store.root.uri, run, checkpoints)
         return _publish(sampler, planned, stage)
 
 
@@ -45,39 +53,69 @@ def _publish(publisher: Any, planned: PlannedSubject, stage: Stage) -> Version:
     return version
 
 
-class _Publisher:
-    """An actor on a worker's resources: it holds the trained pipeline, draws, and publishes."""
+class _TrainedStage:
+    """A stage of the run: its trained parts as they are published, and the pipeline that draws with them."""
 
-    def __init__(self, store_uri: str, run: Run, checkpoint: Location) -> None:
-        self._store, self._run = SubjectStore(store_uri), run
-        self._backbone = self._store.open_backbone(run.backbone)
+    def __init__(self, store: SubjectStore, run: Run, checkpoint: Location) -> None:
+        self._run = run
+        self.backbone = store.open_backbone(run.backbone)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.download(Path(folder))
             _, state = read_checkpoint(Path(folder))
         dtype = DTYPES[run.training.precision]
-        self._networks = {name: trained_network(self._backbone, name, state, dtype) for name in run.training.trained}
+        networks = {name: trained_network(self.backbone, name, state, dtype) for name in run.training.trained}
+        self.parts: dict[str, Any] = networks | self.backbone.trained_parts()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._pipeline = load_pipeline(self._backbone, run.samples, device, self._networks)
-        self._samples: list[Any] = []
+        self._pipeline = load_pipeline(self.backbone, run.samples, device, self.parts)
+
+    def draw(self, prompt: str, seed: int, small: Sequence[Image.Image]) -> list[Image.Image]:
+        """The image of a prompt; a super-resolution stage enlarges the image that the stage before has drawn."""
+        low = self._run.training.low_resolution
+        options = {} if low is None else {"noise_level": low.noise_level}
+        return sample(self._pipeline, [prompt], [seed], self._run.samples, small, **options)
+
+    def save(self, folder: Path) -> None:
+        """Write the trained parts, each to a folder of its name."""
+        self._pipeline.to("cpu")
+        for name, part in self.parts.items():
+            part.save_pretrained(folder / name)
+
+
+class _Publisher:
+    """An actor on a worker's resources: it holds the trained pipelines, draws, and publishes."""
+
+    def __init__(self, store_uri: str, run: Run, checkpoints: Sequence[Location]) -> None:
+        self._store, self._run = SubjectStore(store_uri), run
+        self._stages = [_TrainedStage(self._store, *stage) for stage in zip(run.stages, checkpoints, strict=True)]
+        self._samples: list[Image.Image] = []
 
     def draw(self, number: int) -> None:
         """Draw sample `number`; its seed is the run's seed plus its number."""
-        run = self._run
-        self._samples += sample(self._pipeline, [run.sample_prompts[number]], [run.seed + number], run.samples)
+        image: list[Image.Image] = []
+        for stage in self._stages:
+            image = stage.draw(self._run.sample_prompts[number], self._run.seed + number, image)
+        self._samples += image
 
     def publish(self, subject: Subject) -> Version:
         """Write weights, samples and contact sheet, and publish them."""
         run = self._run
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            for component, network in self._networks.items():
-                network.cpu().save_pretrained(folder / component, safe_serialization=True)  # type: ignore[operator]
+            first, *second = self._stages
+            manifest = lineage(run, first.backbone)
+            first.save(folder)
+            for stage in second:
+                stage.save(folder / _SUPER_RESOLUTION)
+                manifest[_SUPER_RESOLUTION] = {
+                    "backbone": {"family": stage.backbone.family, "hash": stage.backbone.hash},
+                    "components": sorted(stage.parts),
+                }
             (folder / "samples").mkdir()
             for number, image in enumerate(self._samples):
                 image.save(folder / "samples" / f"{number:02d}.png")
             sheet = make_contact_sheet(self._store, subject, run, self._samples)
             sheet.save(folder / "contact_sheet.png")
-            return self._store.publish(run.subject, run.version, folder, lineage(run, self._backbone), self._networks)
+            return self._store.publish(run.subject, run.version, folder, manifest, first.parts)
 
 
 def trained_network(backbone: Backbone, component: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:

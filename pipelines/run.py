@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from dreambooth.backbones import LowResolution
 from dreambooth.class_noun import FoundNoun
 from dreambooth.learning_rate import Schedule
 from dreambooth.prior_set import PriorSet
@@ -37,6 +38,8 @@ class Training:
     max_grad_norm: float
     precision: str
     gradient_checkpointing: bool
+    low_resolution: LowResolution | None = None
+    """What a super-resolution stage is conditioned on."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Run:
     samples: SamplerSettings
     sample_prompts: tuple[str, ...]
     seed: int
+    super_resolution: Run | None = None
+    """The same subject on the backbone that enlarges this one's images, when a cascade is trained."""
 
     @cached_property
     def key(self) -> str:
@@ -78,6 +83,11 @@ class Run:
     def version(self) -> str:
         """The id of the version."""
         return self.key[:12]
+
+    @property
+    def stages(self) -> tuple[Run, ...]:
+        """The stages of the cascade in the order in which they draw: this run, and its super-resolution."""
+        return (self,) if self.super_resolution is None else (self, self.super_resolution)
 
     @property
     def instance_prompt(self) -> str:
@@ -102,3 +112,8 @@ class PlannedSubject:
     run: Run
     found_noun: FoundNoun | None = None
     """Where the class noun comes from when nobody gave one."""
+
+    @property
+    def stages(self) -> tuple[PlannedSubject, ...]:
+        """The subject with each stage of its run."""
+        return tuple(replace(self, run=run) for run in self.run.stages)

@@ -89,7 +89,7 @@ class DeepFloydIF(Backbone):
     def encode_text(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:
         """T5's last hidden states, (B, length, width); its attention leaves out the padding."""
         tokens = ids["tokenizer"]
-        # As T5 has it inside, (B, 1, 1, length): from (B, length) it would ask for values, of which the meta device has none.
+        # As T5 has it inside, (B, 1, 1, length): one of (B, length) it looks into, and on the meta device nothing is there.
         mask = (tokens != self.tokenizers["tokenizer"].pad_token_id)[:, None, None, :]
         states = encoders["text_encoder"](tokens, attention_mask=mask).last_hidden_state
         return {"encoder_hidden_states": states}
@@ -119,9 +119,9 @@ class DeepFloydIFSuperResolution(DeepFloydIF):
         return int((1 - self.augmentation.alphas_cumprod - _AUGMENTATION).abs().argmin())
 
     def image_conditioning(self, x: Tensor, noise: Tensor, low: LowResolution) -> Conditioning:
-        """`upscaled` (B, 3, H, W), x made small, enlarged again and noised as the pipeline does, and `noise_level` (B,).
+        """`upscaled` (B, 3, H, W): x made small, then enlarged and noised as in the pipeline; and `noise_level` (B,).
 
-        Stage I's images are photos made small with antialiasing, and so is x.
+        x is made small with antialiasing, as the photos are from which stage I learns.
         """
         size = (low.side, low.side)
         small = interpolate(x, size, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)

@@ -140,7 +140,7 @@ def fed(pipeline: Any, **call: Any) -> dict[str, Any]:
             seen.update(named, input=arguments[0], t=arguments[1])
 
     handle = pipeline.unet.register_forward_pre_hook(look, with_kwargs=True)
-    pipeline(["a dog"], generator=torch.Generator().manual_seed(0), guidance_scale=1.0, output_type="pt", **call)
+    pipeline(prompt=["a dog"], generator=torch.Generator().manual_seed(0), guidance_scale=1.0, output_type="pt", **call)
     handle.remove()
     return seen
 
@@ -227,10 +227,8 @@ def test_samples_are_enlarged_as_diffusers_chained_pipelines_do(
     small = sample(load_pipeline(stage_i, SETTINGS, CPU), prompts, seeds, SETTINGS)
     pipeline = load_pipeline(stage_ii, large, CPU)
     ours = sample(pipeline, prompts, seeds, large, small, noise_level=LOW.noise_level)
-    first, second = (
-        IFPipeline.from_pretrained(stage_i.folder),
-        IFSuperResolutionPipeline.from_pretrained(stage_ii.folder),
-    )
+    first = IFPipeline.from_pretrained(stage_i.folder)
+    second = IFSuperResolutionPipeline.from_pretrained(stage_ii.folder)
     for image, prompt, seed in zip(ours, prompts, seeds, strict=True):
         settings = {"num_inference_steps": 3, "guidance_scale": 5.0}
         drawn = first(prompt, generator=torch.Generator().manual_seed(seed), **settings).images
