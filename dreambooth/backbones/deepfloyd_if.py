@@ -89,7 +89,7 @@ class DeepFloydIF(Backbone):
     def encode_text(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:
         """T5's last hidden states, (B, length, width); its attention leaves out the padding."""
         tokens = ids["tokenizer"]
-        # (B, 1, 1, length), as T5 has it inside: into one of (B, length) it looks, and on the meta device nothing is there.
+        # (B, 1, 1, length), as T5 has it inside: into one of (B, length) it looks, which the meta device forbids.
         mask = (tokens != self.tokenizers["tokenizer"].pad_token_id)[:, None, None, :]
         states = encoders["text_encoder"](tokens, attention_mask=mask).last_hidden_state
         return {"encoder_hidden_states": states}

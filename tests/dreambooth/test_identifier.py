@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,3 +145,17 @@ def test_a_users_identifier_must_suit_every_tokenizer():
     check_identifier("tryx", [large])
     with pytest.raises(ValueError, match="takes 4 tokens"):
         check_identifier("tryx", [large, small])
+
+
+def test_an_identifier_survives_what_the_backbone_makes_of_prompts():
+    def without_vowels(prompt):
+        return " ".join(word if word in ("a", "dog") else re.sub("[aeiou]", "", word) for word in prompt.split())
+
+    tokenizer = small_clip_tokenizer()
+    with pytest.raises(ValueError, match="'xeq' is lost .* reads 'a xeq dog' as 'a xq dog'"):
+        check_identifier("xeq", [tokenizer], without_vowels)
+    assert check_identifier("xqz", [tokenizer], without_vowels).text == "xqz"
+    found = [find_identifier([tokenizer], seed=s, subject="rex", tokens=2, clean=without_vowels).text for s in range(9)]
+    assert not any(set(text) & set("aeiou") for text in found)
+    anywhere = [find_identifier([tokenizer], seed=s, subject="rex", tokens=2).text for s in range(9)]
+    assert any(set(text) & set("aeiou") for text in anywhere)
