@@ -152,7 +152,7 @@ def test_an_identifier_survives_what_the_backbone_makes_of_prompts():
         return " ".join(word if word in ("a", "dog") else re.sub("[aeiou]", "", word) for word in prompt.split())
 
     tokenizer = small_clip_tokenizer()
-    with pytest.raises(ValueError, match="'xeq' is lost .* reads 'a xeq dog' as 'a xq dog'"):
+    with pytest.raises(ValueError, match=r"'xeq' is lost .* reads 'a xeq dog' as 'a xq dog'"):
         check_identifier("xeq", [tokenizer], without_vowels)
     assert check_identifier("xqz", [tokenizer], without_vowels).text == "xqz"
     found = [find_identifier([tokenizer], seed=s, subject="rex", tokens=2, clean=without_vowels).text for s in range(9)]
