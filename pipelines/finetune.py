@@ -1,12 +1,10 @@
 """Fine-tuning with Ray Train and DeepSpeed ZeRO: a training set in, checkpoints of whole float32 tensors out.
 
-A checkpoint is a folder of safetensors files, one a rank, and a small JSON file. The last one of a run holds the
-parameters alone: it is the result, from which `publish` takes the weights.
+The last checkpoint of a run holds the parameters alone: it is the result, from which `publish` takes the weights.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import shutil
@@ -24,8 +22,6 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
@@ -36,8 +32,9 @@ from dreambooth.memory import enable_gradient_checkpointing, in_precision
 from dreambooth.sampling import DTYPES
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
-from dreambooth.streams import integer, normal, shuffled
 from pipelines import training_set
+from pipelines.batches import Batches
+from pipelines.checkpoints import read_checkpoint, write_checkpoint
 from pipelines.console import Display, Stage
 from pipelines.run import Run, Training
 from pipelines.training_log import TrainingLog
@@ -74,67 +71,6 @@ class Trainable(nn.Module):
             conditioning = conditioning | self.backbone.encode_text(encoders, ids)
         conditioning = in_precision(conditioning, z_t.dtype)
         return self.backbone.predict(self.networks[self.backbone.denoiser], z_t, t, conditioning)
-
-
-class Batches:
-    """The training rows of a step, drawn by streams keyed by (seed, subject, half, step, global sample index)."""
-
-    def __init__(self, run: Run, backbone: Backbone, path: Path) -> None:
-        """Open the training set; tensors are read as they are needed."""
-        self._run, self._backbone = run, backbone
-        self._file = safe_open(path, "pt")
-        names = list(self._file.keys())
-        self._text = {name.removeprefix("text."): self._whole(name) for name in names if name.startswith("text.")}
-        self._ids = {name.removeprefix("ids."): self._whole(name) for name in names if name.startswith("ids.")}
-        self._halves = [half for half in training_set.HALVES if f"{half}.mean" in names]
-        self._rows = {
-            half: {name.removeprefix(f"{half}."): self._file.get_slice(name) for name in names if name.startswith(half)}
-            for half in self._halves
-        }
-
-    def _whole(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
-
-    def rows(self, step: int, samples: range) -> dict[str, Any]:
-        """CPU tensors for the global samples `samples` of a step: the instances first, then as many class-prior rows.
-
-        Latents x and noise epsilon are (2m, C, h, w), times t (2m,), conditioning (2m, ...).
-        """
-        drawn = [self._row(half, step, sample) for half in self._halves for sample in samples]
-        prompts = torch.tensor([self._halves.index(half) for half in self._halves for _ in samples])
-        names = drawn[0]["sizes"].keys()
-        sizes = {name: torch.stack([row["sizes"][name] for row in drawn]) for name in names}
-        x = self._backbone.scale_latents(torch.stack([row["x"] for row in drawn]))
-        if (low := self._run.training.low_resolution) is not None:
-            noise = torch.stack([row["augmentation"] for row in drawn])
-            sizes |= self._backbone.image_conditioning(x, noise, low)
-        return {
-            "x": x,
-            "epsilon": torch.stack([row["epsilon"] for row in drawn]),
-            "t": torch.tensor([row["t"] for row in drawn]),
-            "conditioning": sizes | {name: value[prompts] for name, value in self._text.items()},
-            "ids": {name: value[prompts] for name, value in self._ids.items()},
-            "instances": len(samples),
-        }
-
-    def _row(self, half: str, step: int, sample: int) -> dict[str, Any]:
-        run, columns = self._run, self._rows[half]
-        low = run.training.low_resolution
-        base = (run.seed, run.subject, half)
-        count = columns["mean"].get_shape()[0]
-        index = shuffled(step * run.training.batch + sample, count, *base, "order")
-        mean, log_variance = columns["mean"][index], columns["log_variance"][index]
-        latent_noise = normal(mean.shape, *base, "latent", step, sample)
-        epsilon = normal(mean.shape, *base, "epsilon", step, sample)
-        if run.training.offset_noise:
-            epsilon += run.training.offset_noise * normal((len(mean), 1, 1), *base, "offset", step, sample)
-        return {
-            "x": mean + (0.5 * log_variance).exp() * latent_noise,
-            "epsilon": epsilon,
-            "augmentation": normal(mean.shape, *base, "augmentation", step, sample) if low else None,
-            "t": integer(self._backbone.schedule.steps, *base, "t", step, sample),
-            "sizes": {name: column[index] for name, column in columns.items() if name not in ("mean", "log_variance")},
-        }
 
 
 def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -> PriorPreservationLoss:
@@ -267,30 +203,6 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def write_checkpoint(folder: Path, state: Any, step: int, rank: int, world: int) -> None:
-    """Write this rank's share of the state, every `world`-th tensor; a collective, as `state` is."""
-    share = {}
-    for number, (name, value) in enumerate(state):
-        if number % world == rank:
-            share[name] = value.detach().cpu().clone()
-    save_file(share, folder / f"state-{rank:05d}-of-{world:05d}.safetensors")
-    if rank == 0:
-        (folder / "checkpoint.json").write_text(json.dumps({"step": step, "files": world}))
-
-
-def read_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]]:
-    """The step and the whole state of a checkpoint, on the CPU."""
-    meta = json.loads((folder / "checkpoint.json").read_text())
-    state: dict[str, Tensor] = {}
-    for rank in range(meta["files"]):
-        with safe_open(folder / f"state-{rank:05d}-of-{meta['files']:05d}.safetensors", "pt") as file:
-            state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    return meta["step"], state
 
 
 # -- the driver's side -------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from dreambooth.sampling import DTYPES, load_pipeline, sample
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore, Version
 from dreambooth.subject import Subject, read_image
+from pipelines.checkpoints import read_checkpoint
 from pipelines.console import Display, Stage
-from pipelines.finetune import read_checkpoint
 from pipelines.run import PlannedSubject, Run
 
 _PRIORS_SHOWN = 6

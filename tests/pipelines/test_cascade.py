@@ -21,7 +21,8 @@ from dreambooth.sampling import to_pixels
 from dreambooth.store import SubjectStore
 from dreambooth.streams import integer, normal, shuffled
 from dreambooth.subject import read_image, square_crop
-from pipelines.finetune import Batches, Trainable, step_loss
+from pipelines.batches import Batches
+from pipelines.finetune import Trainable, step_loss
 from pipelines.options import parse
 from pipelines.personalize import main
 from pipelines.plan import make_plan
@@ -204,6 +205,7 @@ def load_trained(backbone: Path, version: Path, components: list[str]) -> Any:
     return diffusers.DiffusionPipeline.from_pretrained(backbone, **parts)
 
 
+@pytest.mark.slow
 def test_a_cascade_becomes_one_version_that_diffusers_chained_pipelines_load(
     photos: Path, small_if: Path, small_if_super_resolution: Path, tmp_path: Path
 ) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dreambooth.store import SubjectStore
+from pipelines.batches import Batches
+from pipelines.checkpoints import read_checkpoint
 from pipelines.console import Display
-from pipelines.finetune import Batches, Trainable, finetune, read_checkpoint
+from pipelines.finetune import Trainable, finetune
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
