@@ -5,13 +5,11 @@ Without authentication: it answers clients on this machine only. No deadlines, r
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import ipaddress
-import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -23,14 +21,14 @@ from starlette.exceptions import HTTPException
 
 from dreambooth.prompts import PLACEHOLDER, fill
 from dreambooth.sampling import SamplerSettings
-from dreambooth.store import SubjectStore, Version
-from serve.replica import BadRequest, Order
+from dreambooth.store import Version
+from serve.catalog import Catalog
+from serve.order import BadRequest, Drawn, Order
 
 _SEEDS = 2**32  # torch's CPU generator keeps the low 32 bits of a seed
-_CATALOG_SECONDS = 5.0
 
-Draw = Callable[[str, Order], Awaitable[list[bytes]]]
-"""Draws an order on a backbone, named by its hash; gives one PNG file a seed."""
+Draw = Callable[[str, Order], AsyncIterator[Drawn]]
+"""Draws an order on a backbone, named by its hash."""
 
 
 class ImagesRequest(BaseModel):
@@ -63,6 +61,7 @@ class GeneratedImage(BaseModel):
     b64_json: str = Field(description="A PNG file in base64.")
     revised_prompt: str = Field(description="The prompt as the model saw it.")
     seed: int
+    batch: int = Field(description="How many images were drawn together; other numbers may round differently.")
 
 
 class ImagesResponse(BaseModel):
@@ -123,48 +122,6 @@ class ApiError(HTTPException):
         self.param, self.code = param, code
 
 
-class Catalog:
-    """The store's published versions on some backbones, read again when the last look is a few seconds old.
-
-    Models are looked up here, so that an id that nobody published costs a dictionary lookup and reaches no replica.
-    """
-
-    def __init__(self, store: SubjectStore, backbones: Collection[str]) -> None:
-        """Nothing is read before the first question."""
-        self._store, self._backbones = store, backbones
-        self._versions: dict[str, list[Version]] = {}
-        self._read_at = -math.inf
-        self._reading = asyncio.Lock()
-
-    async def versions(self) -> Mapping[str, list[Version]]:
-        """The versions of each subject, oldest first; subjects without any are left out."""
-        async with self._reading:
-            if time.monotonic() - self._read_at > _CATALOG_SECONDS:
-                self._versions = await asyncio.to_thread(self._read)
-                self._read_at = time.monotonic()
-            return self._versions
-
-    def _read(self) -> dict[str, list[Version]]:
-        found = {}
-        for subject in self._store.subjects():
-            published = self._store.versions(subject)
-            served = [version for version in published if version.manifest["backbone"]["hash"] in self._backbones]
-            if served:
-                found[subject] = served
-        return found
-
-    async def find(self, model: str) -> Version:
-        """The version that `subject` or `subject@version` names; ApiError 404 when there is none."""
-        subject, _, wanted = model.partition("@")
-        published = (await self.versions()).get(subject, [])
-        if published and "@" not in model:
-            return published[-1]
-        for version in published:
-            if version.id == wanted:
-                return version
-        raise ApiError(404, f"the model {model!r} does not exist", "model", "model_not_found")
-
-
 def create_api(catalog: Catalog, draw: Draw) -> FastAPI:
     """The application: `catalog` knows the models, `draw` makes the images."""
     api = FastAPI(
@@ -176,14 +133,20 @@ def create_api(catalog: Catalog, draw: Draw) -> FastAPI:
     api.add_exception_handler(RequestValidationError, _answer_invalid_request)
     api.add_exception_handler(Exception, _answer_failure)
 
+    async def find(model: str) -> Version:
+        version = await catalog.find(model)
+        if version is None:
+            raise ApiError(404, f"the model {model!r} does not exist", "model", "model_not_found")
+        return version
+
     @api.post("/v1/images/generations")
     async def generate_images(body: ImagesRequest) -> ImagesResponse:
         """Draw images of a subject."""
-        version = await catalog.find(body.model)
+        version = await find(body.model)
         seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
         try:
             order = make_order(body, version, seed)
-            images = await draw(version.manifest["backbone"]["hash"], order)
+            drawn = [image async for image in draw(version.manifest["backbone"]["hash"], order)]
         except BadRequest as error:
             raise ApiError(400, str(error)) from error
         named = version.manifest["identifier"] in order.prompt
@@ -193,8 +156,13 @@ def create_api(catalog: Catalog, draw: Draw) -> FastAPI:
             version=version.id,
             size=f"{order.width}x{order.height}",
             data=[
-                GeneratedImage(b64_json=base64.b64encode(image).decode(), revised_prompt=order.prompt, seed=seed)
-                for image, seed in zip(images, order.seeds, strict=True)
+                GeneratedImage(
+                    b64_json=base64.b64encode(image.png).decode(),
+                    revised_prompt=order.prompt,
+                    seed=order.seeds[image.number],
+                    batch=image.batch,
+                )
+                for image in sorted(drawn, key=lambda image: image.number)
             ],
             warning=None if named else f"the prompt does not name the subject: write {PLACEHOLDER} where it belongs",
         )
@@ -211,7 +179,7 @@ def create_api(catalog: Catalog, draw: Draw) -> FastAPI:
     @api.get("/v1/models/{model}")
     async def retrieve_model(model: str) -> ModelDetails:
         """Tell where a subject's newest version, or the version named, comes from."""
-        version = await catalog.find(model)
+        version = await find(model)
         return ModelDetails(**describe(model, version).model_dump(), lineage=version.manifest)
 
     return api
