@@ -9,12 +9,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from dreambooth.store import SubjectStore
-from serve.api import create_api, is_loopback
+from serve.api import Rules, create_api, is_loopback
 from serve.catalog import Catalog
 from serve.order import Drawn, Order
 from tests.serve.published import MUG, publish_all
 
 GENERATIONS = "/v1/images/generations"
+OPEN = Rules(keys=None)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_only_what_is_valid_reaches_a_replica(catalog: Catalog) -> None:
         for number in range(len(order.seeds)):
             yield Drawn(number, b"png", None, 1)
 
-    client = TestClient(create_api(catalog, draw), client=("127.0.0.1", 1))
+    client = TestClient(create_api(catalog, draw, OPEN), client=("127.0.0.1", 1))
     for body in ({"model": "cat"}, {"model": "mug", "n": 0}, {"model": "mug", "prompt": "a {cat}"}):
         assert client.post(GENERATIONS, json={"prompt": "a {subject}", **body}).is_client_error
     assert orders == []
@@ -53,7 +54,7 @@ def test_a_failure_is_an_error_in_the_same_shape(catalog: Catalog) -> None:
         raise RuntimeError("a secret of the server")
         yield
 
-    client = TestClient(create_api(catalog, draw), client=("127.0.0.1", 1), raise_server_exceptions=False)
+    client = TestClient(create_api(catalog, draw, OPEN), client=("127.0.0.1", 1), raise_server_exceptions=False)
     answer = client.post(GENERATIONS, json={"model": "mug", "prompt": "a {subject}"})
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "server_error"
@@ -62,7 +63,7 @@ def test_a_failure_is_an_error_in_the_same_shape(catalog: Catalog) -> None:
 
 @pytest.mark.parametrize(("host", "status"), [("127.0.0.1", 200), ("::1", 200), ("10.0.0.7", 403), ("fe80::1", 403)])
 def test_clients_on_other_machines_are_refused(catalog: Catalog, host: str, status: int) -> None:
-    answer = TestClient(create_api(catalog, no_draw), client=(host, 1)).get("/v1/models")
+    answer = TestClient(create_api(catalog, no_draw, OPEN), client=(host, 1)).get("/v1/models")
     assert answer.status_code == status
     assert ("error" in answer.json()) == (status == 403)
 

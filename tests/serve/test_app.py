@@ -66,7 +66,7 @@ def server(local_ray: None, small_sdxl: Path, tmp_path_factory: pytest.TempPathF
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app(Arguments(store=str(store.root))))
+    serve.run(app(Arguments(store=str(store.root), without_keys=True)))
     yield Server(f"http://127.0.0.1:{port}", store, small_sdxl)
     serve.shutdown()
 
@@ -217,6 +217,6 @@ def test_other_errors_have_the_same_shape(server: Server) -> None:
 
 def test_the_application_refuses_what_it_cannot_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no published version"):
-        app(Arguments(store=str(tmp_path)))
+        app(Arguments(store=str(tmp_path), without_keys=True))
     with pytest.raises(ValidationError, match="replica"):
         Arguments.model_validate({"store": str(tmp_path), "replica": "2"})
