@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: Ray Serve must find the type of `app`'s argument, not its name.
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -112,6 +113,9 @@ class Ingress:
                         sent.add((drawn.number, drawn.preview))
                         yield drawn
                 return
+            except (asyncio.CancelledError, GeneratorExit):  # nobody waits any more: the replica stops after the step
+                answer.cancel()
+                raise
             except BackPressureError:
                 raise errors.too_many("all replicas are busy: come again later", "overloaded", _RETRY_AFTER) from None
             except RayTaskError as error:
@@ -119,8 +123,6 @@ class Ingress:
             except (RayActorError, ReplicaUnavailableError):  # seeds are fixed, so another replica draws the same
                 if not tries_left:
                     raise
-            finally:
-                answer.cancel()
 
 
 def app(args: Arguments) -> Application:
