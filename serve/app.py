@@ -68,7 +68,7 @@ class Arguments(BaseModel):
     """GiB that this folder may take."""
     keep: Names = ()
     """Models (`subject` or `subject@version`) that every replica loads when it starts and never drops."""
-    escape: float = Field(4.0, ge=0)
+    escape: float = Field(8.0, ge=0)
     """How many more requests must wait for a subject's replica than for the next before that draws the subject too."""
 
     queue: int = Field(64, ge=1)
@@ -140,7 +140,7 @@ def app(args: Arguments) -> Application:
         serve.ingress()(Ingress), max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, logging_config=logging
     )
     args = args.model_copy(update={"store": store.root.uri})
-    replica = serve.deployment(SubjectReplica, **_deployment_options(args), logging_config=logging)
+    replica = serve.deployment(SubjectReplica, **deployment_options(args), logging_config=logging)
     return ingress.bind(args, _bind_replicas(args, replica, versions))
 
 
@@ -161,7 +161,8 @@ def _check_access(args: Arguments) -> None:
         )
 
 
-def _deployment_options(args: Arguments) -> dict[str, Any]:
+def deployment_options(args: Arguments) -> dict[str, Any]:
+    """How Ray Serve runs the replicas: how many, how many requests they take, and by which router."""
     if args.max_replicas is None:
         number: dict[str, Any] = {"num_replicas": args.replicas}
     else:

@@ -23,7 +23,7 @@ from dreambooth.store import SubjectStore, Version
 from serve import metrics
 
 _LOADS_AT_ONCE = 4
-_ALIGNMENT = 256
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)

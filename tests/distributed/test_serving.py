@@ -110,9 +110,9 @@ def reads() -> dict[str, float]:
 
 def test_images_are_their_subjects_own_and_few_loads_suffice(server: Server) -> None:
     assert len({image.tobytes() for image in server.expected.values()}) == len(SUBJECTS)
-    assert server.load(200, seed=1) == []
+    assert server.load(120, seed=1) == []
     counts = reads()
-    assert sum(counts.values()) == 200, counts
+    assert sum(counts.values()) == 120, counts
     assert counts["store"] <= 15, counts  # 12 are needed
 
 

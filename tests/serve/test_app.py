@@ -27,7 +27,7 @@ from ray.serve.config import HTTPOptions
 from transformers import CLIPTextModel
 
 from dreambooth.store import SubjectStore
-from serve.app import Arguments, app
+from serve.app import Arguments, app, deployment_options
 from serve.keys import KeyFolder
 from tests.serve.published import CHANGED, DOG, MUG, OLD_MUG, publish_all
 
@@ -419,6 +419,13 @@ def test_without_keys_the_application_refuses_to_listen_beyond_this_machine(
         app(args)
     monkeypatch.undo()
     HTTPOptions.model_rebuild(force=True)
+
+
+def test_replicas_can_follow_the_load_down_to_none() -> None:
+    options = deployment_options(Arguments.model_validate({"store": "s", "replicas": "0", "max_replicas": "4"}))
+    scaling = options["autoscaling_config"]
+    assert (scaling.min_replicas, scaling.max_replicas, "num_replicas" in options) == (0, 4, False)
+    assert deployment_options(Arguments(store="s", replicas=2))["num_replicas"] == 2
 
 
 def test_names_can_be_given_on_the_command_line() -> None:
