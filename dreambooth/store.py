@@ -5,6 +5,7 @@
     STORE/subjects/NAME/subject.json             the subject's identifier, kept across versions
     STORE/subjects/NAME/versions/ID/...          what changed against the backbone; there when ID/manifest.json is
     STORE/runs/KEY/...                           work in progress: checkpoints, TensorBoard events
+    STORE/keys/HASH.json                         what a key of the server may do (serve/keys.py)
 
 A version or backbone exists exactly when its JSON file does. That file is written last and atomically, and lists every
 other file with its size and SHA-256, so whatever is killed when, a reader sees all of it or none. This needs no rename

@@ -1,246 +1,201 @@
-"""The HTTP API, in the shapes of OpenAI's images API; knows nothing of Ray.
-
-Without authentication: it answers clients on this machine only. No deadlines, rate limits or streaming yet.
-"""
+"""The HTTP API, in the shapes of OpenAI's images API; knows nothing of Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import ipaddress
-import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
-from starlette.exceptions import HTTPException
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from dreambooth.prompts import PLACEHOLDER, fill
 from dreambooth.sampling import SamplerSettings
-from dreambooth.store import SubjectStore, Version
-from serve.replica import BadRequest, Order
+from dreambooth.store import Version
+from serve import errors
+from serve.catalog import Catalog
+from serve.errors import ApiError
+from serve.keys import ANYONE, Key, KeyFolder, KeyRing
+from serve.middleware import BoundedBody, Record
+from serve.order import BadRequest, Drawn, Order
+from serve.shapes import (
+    SEEDS,
+    CompletedEvent,
+    ErrorResponse,
+    GeneratedImage,
+    ImagesRequest,
+    ImagesResponse,
+    KeyEntry,
+    KeyList,
+    Model,
+    ModelDetails,
+    ModelList,
+    PartialImageEvent,
+)
 
-_SEEDS = 2**32  # torch's CPU generator keeps the low 32 bits of a seed
-_CATALOG_SECONDS = 5.0
+_GENERATIONS = "/v1/images/generations"
+_BODY_BYTES = 2**16
+_BODY_SECONDS = 30.0
 
-Draw = Callable[[str, Order], Awaitable[list[bytes]]]
-"""Draws an order on a backbone, named by its hash; gives one PNG file a seed."""
-
-
-class ImagesRequest(BaseModel):
-    """Body of `POST /v1/images/generations`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str = Field(max_length=200, description="A subject, for its newest version, or `subject@version`.")
-    prompt: str = Field(
-        min_length=1, max_length=4000, description="`{subject}` in it stands for the identifier and class noun."
-    )
-    n: int = Field(1, ge=1, le=10, description="Number of images.")
-    size: str | None = Field(
-        None, pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}$", description="`WIDTHxHEIGHT`; by default as the model was trained."
-    )
-    response_format: Literal["b64_json"] = "b64_json"
-    seed: int | None = Field(
-        None, ge=0, lt=_SEEDS, description="Seed of the first image, each next one's is 1 higher; by default random."
-    )
-    num_inference_steps: int | None = Field(None, ge=1, le=200, description="By default as the model's samples.")
-    guidance_scale: Annotated[FiniteFloat, Field(ge=0, le=50)] | None = Field(
-        None, description="By default as the model's samples."
-    )
-    negative_prompt: str | None = Field(None, max_length=4000)
+Draw = Callable[[str, Order], AsyncIterator[Drawn]]
+"""Draws an order on a backbone, named by its hash."""
 
 
-class GeneratedImage(BaseModel):
-    """One image; asked for again with its seed and version it comes out the same."""
+@dataclass(frozen=True)
+class Rules:
+    """How requests are answered."""
 
-    b64_json: str = Field(description="A PNG file in base64.")
-    revised_prompt: str = Field(description="The prompt as the model saw it.")
-    seed: int
-
-
-class ImagesResponse(BaseModel):
-    """Answer to `POST /v1/images/generations`."""
-
-    created: int = Field(description="Unix time.")
-    model: str = Field(description="The version that drew the images, as `subject@version`.")
-    version: str
-    size: str
-    data: list[GeneratedImage]
-    warning: str | None = None
+    keys: KeyFolder | None
+    """Who may ask; without keys, all clients on this machine and no others."""
+    deadline: float = 300.0
+    """Seconds that a request may take."""
+    log_prompts: bool = False
 
 
-class Model(BaseModel):
-    """A subject, or one version of it."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int = Field(description="Unix time of publication.")
-    owned_by: str = "dreambooth"
-    version: str = Field(description="For a subject, its newest.")
-
-
-class ModelList(BaseModel):
-    """Answer to `GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class ModelDetails(Model):
-    """Answer to `GET /v1/models/{model}`."""
-
-    lineage: dict[str, Any] = Field(description="The version's manifest: backbone, images, settings, files.")
-
-
-class Error(BaseModel):
-    """What went wrong; `param` names the field at fault."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """The body of every answer that is not a success."""
-
-    error: Error
-
-
-class ApiError(HTTPException):
-    """An error to be answered in OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        """Name the HTTP status, and what OpenAI's error object says beside the message."""
-        super().__init__(status, message)
-        self.param, self.code = param, code
-
-
-class Catalog:
-    """The store's published versions on some backbones, read again when the last look is a few seconds old.
-
-    Models are looked up here, so that an id that nobody published costs a dictionary lookup and reaches no replica.
-    """
-
-    def __init__(self, store: SubjectStore, backbones: Collection[str]) -> None:
-        """Nothing is read before the first question."""
-        self._store, self._backbones = store, backbones
-        self._versions: dict[str, list[Version]] = {}
-        self._read_at = -math.inf
-        self._reading = asyncio.Lock()
-
-    async def versions(self) -> Mapping[str, list[Version]]:
-        """The versions of each subject, oldest first; subjects without any are left out."""
-        async with self._reading:
-            if time.monotonic() - self._read_at > _CATALOG_SECONDS:
-                self._versions = await asyncio.to_thread(self._read)
-                self._read_at = time.monotonic()
-            return self._versions
-
-    def _read(self) -> dict[str, list[Version]]:
-        found = {}
-        for subject in self._store.subjects():
-            published = self._store.versions(subject)
-            served = [version for version in published if version.manifest["backbone"]["hash"] in self._backbones]
-            if served:
-                found[subject] = served
-        return found
-
-    async def find(self, model: str) -> Version:
-        """The version that `subject` or `subject@version` names; ApiError 404 when there is none."""
-        subject, _, wanted = model.partition("@")
-        published = (await self.versions()).get(subject, [])
-        if published and "@" not in model:
-            return published[-1]
-        for version in published:
-            if version.id == wanted:
-                return version
-        raise ApiError(404, f"the model {model!r} does not exist", "model", "model_not_found")
-
-
-def create_api(catalog: Catalog, draw: Draw) -> FastAPI:
+def create_api(catalog: Catalog, draw: Draw, rules: Rules) -> FastAPI:
     """The application: `catalog` knows the models, `draw` makes the images."""
     api = FastAPI(
         title="DreamBooth",
-        dependencies=[Depends(_only_this_machine)],
-        responses={status: {"model": ErrorResponse} for status in (400, 403, 404, 422, 500)},
+        responses={status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 504)},
     )
-    api.add_exception_handler(HTTPException, _answer_http_error)
-    api.add_exception_handler(RequestValidationError, _answer_invalid_request)
-    api.add_exception_handler(Exception, _answer_failure)
+    ring = KeyRing(rules.keys.folder) if rules.keys else None
+    api.state.ring = ring
+    errors.add_handlers(api)
+    api.add_middleware(BoundedBody, most_bytes=_BODY_BYTES, seconds=_BODY_SECONDS)
+    api.add_middleware(Record, path=_GENERATIONS)
 
-    @api.post("/v1/images/generations")
-    async def generate_images(body: ImagesRequest) -> ImagesResponse:
+    async def find(model: str, key: Key) -> Version:
+        version = await catalog.find(model)
+        if version is None or not key.sees(version.subject):
+            raise ApiError(404, f"the model {model!r} does not exist", "model", "model_not_found")
+        return version
+
+    @api.post(
+        _GENERATIONS,
+        response_model=ImagesResponse,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    )
+    async def generate_images(request: Request, body: ImagesRequest, key: Holder) -> ImagesResponse | Response:
         """Draw images of a subject."""
-        version = await catalog.find(body.model)
-        seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
-        try:
-            order = make_order(body, version, seed)
-            images = await draw(version.manifest["backbone"]["hash"], order)
-        except BadRequest as error:
-            raise ApiError(400, str(error)) from error
+        started = time.monotonic()
+        request.state.record.update(model=body.model, n=body.n, tenant=key.tenant, key=key.id)
+        if rules.log_prompts:
+            request.state.record.update(prompt=body.prompt, negative_prompt=body.negative_prompt)
+        version = await find(body.model, key)
+        order = make_order(body, version)
+        admit(order, key, ring)
+        seconds = min(body.deadline or rules.deadline, rules.deadline)
+        images = until(started + seconds, seconds, draw(version.manifest["backbone"]["hash"], order))
         named = version.manifest["identifier"] in order.prompt
+        warning = None if named else f"the prompt does not name the subject: write {PLACEHOLDER} where it belongs"
+        if body.stream:
+            first = await anext(images)  # what fails before this has a status of its own
+            return StreamingResponse(events(order, first, images, warning), media_type="text/event-stream")
+        drawn = [image async for image in images]
         return ImagesResponse(
             created=int(time.time()),
-            model=f"{version.subject}@{version.id}",
+            model=order.model,
             version=version.id,
             size=f"{order.width}x{order.height}",
             data=[
-                GeneratedImage(b64_json=base64.b64encode(image).decode(), revised_prompt=order.prompt, seed=seed)
-                for image, seed in zip(images, order.seeds, strict=True)
+                GeneratedImage(
+                    b64_json=base64.b64encode(image.png).decode(),
+                    revised_prompt=order.prompt,
+                    seed=order.seeds[image.number],
+                    batch=image.batch,
+                )
+                for image in sorted(drawn, key=lambda image: image.number)
             ],
-            warning=None if named else f"the prompt does not name the subject: write {PLACEHOLDER} where it belongs",
+            seconds=round(time.monotonic() - started, 4),
+            warning=warning,
         )
 
     @api.get("/v1/models")
-    async def list_models() -> ModelList:
-        """List every subject, and every version of it."""
+    async def list_models(key: Holder) -> ModelList:
+        """List every subject that the key sees, and every version of it."""
         models = []
         for subject, published in (await catalog.versions()).items():
-            models.append(describe(subject, published[-1]))
-            models += [describe(f"{subject}@{version.id}", version) for version in published]
+            if key.sees(subject):
+                models.append(describe(subject, published[-1]))
+                models += [describe(f"{subject}@{version.id}", version) for version in published]
         return ModelList(data=models)
 
     @api.get("/v1/models/{model}")
-    async def retrieve_model(model: str) -> ModelDetails:
+    async def retrieve_model(model: str, key: Holder) -> ModelDetails:
         """Tell where a subject's newest version, or the version named, comes from."""
-        version = await catalog.find(model)
+        version = await find(model, key)
         return ModelDetails(**describe(model, version).model_dump(), lineage=version.manifest)
 
+    if rules.keys is not None:
+        _add_key_routes(api, rules.keys)
     return api
 
 
-def make_order(body: ImagesRequest, version: Version, seed: int) -> Order:
-    """The order for a request: what it leaves open is as in the samples that the version was published with."""
-    samples = SamplerSettings(**version.manifest["run"]["samples"])
-    width, height = map(int, body.size.split("x")) if body.size else (samples.resolution, samples.resolution)
-    try:
-        prompt = fill(body.prompt, version.manifest["identifier"], version.manifest["class_noun"])
-    except ValueError as error:
-        raise BadRequest(str(error)) from error
-    return Order(
-        subject=version.subject,
-        version=version.id,
-        prompt=prompt,
-        negative_prompt=body.negative_prompt,
-        width=width,
-        height=height,
-        steps=samples.steps if body.num_inference_steps is None else body.num_inference_steps,
-        guidance=samples.guidance if body.guidance_scale is None else body.guidance_scale,
-        seeds=tuple((seed + number) % _SEEDS for number in range(body.n)),
-    )
+def _add_key_routes(api: FastAPI, keys: KeyFolder) -> None:
+    @api.get("/v1/admin/keys")
+    def list_keys(_: Admin) -> KeyList:
+        """List the keys that are not revoked."""
+        return KeyList(data=[KeyEntry(**{**asdict(key), "subjects": list(key.subjects)}) for key in keys.all()])
+
+    @api.delete("/v1/admin/keys/{key_id}", status_code=204)
+    def revoke_key(key_id: str, _: Admin) -> None:
+        """Revoke a key; it is refused some seconds later."""
+        try:
+            keys.revoke(key_id)
+        except ValueError:
+            raise ApiError(404, f"the key {key_id!r} does not exist", "key_id") from None
 
 
-def describe(model: str, version: Version) -> Model:
-    """A version as an entry of the list of models, under the id `model`."""
-    return Model(id=model, created=int(datetime.fromisoformat(version.created).timestamp()), version=version.id)
+# -- who asks ----------------------------------------------------------------------------------------------------------
+
+_BEARER = HTTPBearer(auto_error=False, description="A key made by `python -m serve.keys make`.")
+
+
+async def _holder(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> Key:
+    ring: KeyRing | None = request.app.state.ring
+    if ring is None:
+        if request.client is None or not is_loopback(request.client.host):
+            raise ApiError(403, "this server has no keys, so it answers clients on its own machine only")
+        return ANYONE
+    key = await ring.find(credentials.credentials) if credentials else None
+    if key is None:
+        what = "the key is not valid" if credentials else "send a key, as Authorization: Bearer KEY"
+        raise ApiError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    return key
+
+
+Holder = Annotated[Key, Depends(_holder)]
+
+
+async def _admin(key: Holder) -> Key:
+    if not key.admin:
+        raise ApiError(403, "this needs an admin key", code="insufficient_permissions")
+    return key
+
+
+Admin = Annotated[Key, Depends(_admin)]
+
+
+def admit(order: Order, key: Key, ring: KeyRing | None) -> None:
+    """Count an order against its key; ApiError when the key does not allow it, or not yet."""
+    side = max(order.width, order.height)
+    if key.largest_side is not None and side > key.largest_side:
+        raise ApiError(400, f"size: this key's images have sides of at most {key.largest_side}", "size")
+    if key.images_per_minute is not None and len(order.seeds) > key.images_per_minute:
+        raise ApiError(400, f"n: this key may draw at most {key.images_per_minute} images a minute", "n")
+    if ring is not None and (wait := ring.spend(key, len(order.seeds))):
+        rate = f"this key may draw {key.images_per_minute} images a minute: come again in {wait:g} s"
+        raise errors.too_many(rate, "rate_limit_exceeded", wait)
 
 
 def is_loopback(host: str) -> bool:
@@ -251,32 +206,79 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _only_this_machine(request: Request) -> None:
-    if request.client is None or not is_loopback(request.client.host):
-        raise ApiError(403, "this server has no keys, so it answers clients on its own machine only")
+# -- what is asked and answered ----------------------------------------------------------------------------------------
 
 
-def _answer(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = ErrorResponse(error=Error(message=message, type=kind, param=param, code=code))
-    return JSONResponse(body.model_dump(), status)
+def make_order(body: ImagesRequest, version: Version) -> Order:
+    """The order for a request: what it leaves open is as in the samples that the version was published with."""
+    samples = SamplerSettings(**version.manifest["run"]["samples"])
+    width, height = map(int, body.size.split("x")) if body.size else (samples.resolution, samples.resolution)
+    seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
+    try:
+        prompt = fill(body.prompt, version.manifest["identifier"], version.manifest["class_noun"])
+    except ValueError as error:
+        raise ApiError(400, f"prompt: {error}", "prompt") from error
+    if body.partial_images and not body.stream:
+        raise ApiError(400, "partial_images: unfinished images are sent only with stream", "partial_images")
+    return Order(
+        subject=version.subject,
+        version=version.id,
+        prompt=prompt,
+        negative_prompt=body.negative_prompt,
+        width=width,
+        height=height,
+        steps=samples.steps if body.num_inference_steps is None else body.num_inference_steps,
+        guidance=samples.guidance if body.guidance_scale is None else body.guidance_scale,
+        seeds=tuple((seed + number) % SEEDS for number in range(body.n)),
+        previews=body.partial_images,
+    )
 
 
-async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return _answer(error.status_code, error.detail, getattr(error, "param", None), getattr(error, "code", None))
+async def until(time_limit: float, seconds: float, images: AsyncIterator[Drawn]) -> AsyncIterator[Drawn]:
+    """The images as they come; gives the drawing up at a time of the monotonic clock, or when it is closed."""
+    async with aclosing(images):  # type: ignore[type-var]
+        while True:
+            try:
+                image = await asyncio.wait_for(anext(images), time_limit - time.monotonic())
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                message = f"the images were not ready within {seconds:g} s"
+                raise ApiError(504, message, code="deadline_exceeded") from None
+            except BadRequest as error:
+                raise ApiError(400, str(error)) from error
+            yield image
 
 
-async def _answer_invalid_request(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return _answer(400, "the body is not valid JSON")
-    param = ".".join(str(part) for part in first["loc"][1:])
-    if not param:
-        return _answer(422, "the body must be a JSON object, sent with Content-Type: application/json")
-    return _answer(422, f"{param}: {first['msg']}", param, first["type"])
+async def events(order: Order, first: Drawn, others: AsyncIterator[Drawn], warning: str | None) -> AsyncIterator[str]:
+    """The images as server-sent events."""
+    async with aclosing(others):  # type: ignore[type-var]
+        yield _event(order, first, warning)
+        try:
+            async for image in others:
+                yield _event(order, image, warning)
+        except Exception as error:
+            yield f"event: error\ndata: {errors.as_body(error).model_dump_json()}\n\n"
+            if not isinstance(error, ApiError):
+                raise
 
 
-async def _answer_failure(_request: Request, _error: Exception) -> JSONResponse:
-    return _answer(500, "the server failed to answer; its log says why")
+def _event(order: Order, image: Drawn, warning: str | None) -> str:
+    common: dict[str, Any] = {
+        "b64_json": base64.b64encode(image.png).decode(),
+        "created_at": int(time.time()),
+        "size": f"{order.width}x{order.height}",
+        "seed": order.seeds[image.number],
+        "model": order.model,
+    }
+    event: CompletedEvent | PartialImageEvent
+    if image.preview is None:
+        event = CompletedEvent(**common, revised_prompt=order.prompt, batch=image.batch, warning=warning)
+    else:
+        event = PartialImageEvent(**common, partial_image_index=image.preview)
+    return f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
+
+
+def describe(model: str, version: Version) -> Model:
+    """A version as an entry of the list of models, under the id `model`."""
+    return Model(id=model, created=int(datetime.fromisoformat(version.created).timestamp()), version=version.id)

@@ -1,157 +1,199 @@
-"""The subject replica: one pipeline of a backbone, into which subjects' weights are copied in place.
-
-Draws one request at a time: no batching, no loading beside sampling, and no pinned host memory yet.
-"""
+"""The subject replica: draws images of any subject of one backbone, in batches, while it loads the next subjects."""
 
 from __future__ import annotations
 
+import asyncio
 import io
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from PIL import Image
 
-from dreambooth.backbones import Backbone
 from dreambooth.sampling import DTYPES
-from dreambooth.store import SubjectStore, Version
+from dreambooth.store import SubjectStore
+from serve import metrics
+from serve.order import Drawn, Order, check
+from serve.skeleton import Skeleton
+from serve.tiers import DiskTier, HostTier
+from serve.turns import Job, Turns
 
-_LARGEST_SIDE = 2
-"""Images may be this many times as wide or high as the backbone's own."""
-
-
-class BadRequest(ValueError):
-    """An order that the backbone cannot draw; the message tells the user why."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to draw: one image a seed. Together with the replica's precision and threads it determines every byte."""
-
-    subject: str
-    version: str
-    prompt: str
-    negative_prompt: str | None
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    seeds: tuple[int, ...]
+_KEEP_SECONDS = 10.0
+_LOG = logging.getLogger("ray.serve")
 
 
-class Skeleton:
-    """A pipeline built once, that takes on one subject after another: modules stay, the values of tensors change."""
-
-    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
-        """Build the pipeline with the backbone's own weights."""
-        self.pipeline = backbone.pipeline(dtype, backbone.trained_parts()).to(device)
-        networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
-        self._live = {
-            f"{component}.{name}": tensor
-            for component, network in networks.items()
-            for name, tensor in network.state_dict().items()
-        }
-        self._base: dict[str, Tensor] = {}  # the backbone's own values of every tensor that a subject has changed
-        self._worn: str | None = None
-
-    def wear(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Make the weights those of the subject version `name`: its tensors, and the backbone's for all others."""
-        if name == self._worn:
-            return
-        assert tensors.keys() <= self._live.keys(), f"{name} holds tensors that its backbone lacks"
-        assert all(tensors[key].shape == self._live[key].shape for key in tensors), f"{name} is of another shape"
-        self._worn = None  # should a copy fail midway, the next subject is copied whatever it is
-        for key in tensors.keys() - self._base.keys():
-            self._base[key] = self._live[key].to("cpu", copy=True)
-        for key, base in self._base.items():
-            self._live[key].copy_(tensors.get(key, base))
-        self._worn = name
-
-
-class HostTier:
-    """Subjects' tensors in host memory; beyond a budget of bytes the least recently used subjects are dropped."""
-
-    def __init__(self, store: SubjectStore, dtype: torch.dtype, budget: int) -> None:
-        """Start empty. The subject asked for last stays even when it alone exceeds `budget`."""
-        self._store, self._dtype, self._budget = store, dtype, budget
-        self._held: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-
-    def tensors(self, published: Version) -> Mapping[str, Tensor]:
-        """What the version changed, by component and name; read from the store unless it is held."""
-        name = f"{published.subject}@{published.id}"
-        if name not in self._held:
-            self._held[name] = self._read(published)
-        self._held.move_to_end(name)
-        while len(self._held) > 1 and self._bytes() > self._budget:
-            self._held.popitem(last=False)
-        return self._held[name]
-
-    def _read(self, published: Version) -> dict[str, Tensor]:
-        folder = self._store.local_version(published)
-        return {
-            # A copy, because what load_file gives may be a view of the mapped file, which is still on disk.
-            f"{component}.{name}": tensor.to(self._dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-            for component in published.components
-            for path in sorted((folder / component).glob("*.safetensors"))
-            for name, tensor in load_file(path).items()
-        }
-
-    def _bytes(self) -> int:
-        return sum(tensor.nbytes for tensors in self._held.values() for tensor in tensors.values())
+class _Abandoned(Exception):
+    """Nobody waits for any image of the batch any more."""
 
 
 class SubjectReplica:
     """Draws images of any subject of one backbone."""
 
     def __init__(
-        self, store_uri: str, backbone: str, precision: str, device: str, threads: int, host_memory: int
+        self,
+        store_uri: str,
+        backbone: str,
+        *,
+        precision: str,
+        device: str,
+        threads: int,
+        batch: int,
+        host_memory: int,
+        disk: str,
+        disk_space: int,
+        keep: Sequence[str],
+        wedged_after: float,
     ) -> None:
-        """Load the backbone with hash `backbone`; subjects wait until they are asked for."""
+        """Load the backbone with hash `backbone`; subjects wait until they are asked for, but for those in `keep`."""
         torch.set_num_threads(threads)
         self._store = SubjectStore(store_uri)
         self._backbone = self._store.open_backbone(backbone)
         self._skeleton = Skeleton(self._backbone, DTYPES[precision], torch.device(device))
-        self._host = HostTier(self._store, DTYPES[precision], host_memory)
+        tier = DiskTier(self._store, Path(disk).expanduser(), disk_space)
+        self._host = HostTier(tier, self._skeleton.base, host_memory, pin=device == "cuda")
+        self._hash, self._batch, self._wedged_after = backbone, batch, wedged_after
+        self._turns = Turns()
+        self._device = ThreadPoolExecutor(1, "device", torch.set_num_threads, (threads,))
+        self._encoders = ThreadPoolExecutor(2, "encode")
+        self._pumping: asyncio.Task[None] | None = None
+        self._beat: float | None = None  # when the device last finished a step; None while it has nothing to do
+        self._broken = False
+        self._keeping = asyncio.create_task(self._keep_loaded(keep)) if keep else None
 
-    def draw(self, order: Order) -> list[bytes]:
-        """The images as PNG files; raises BadRequest before any weights move."""
+    # -- orders --------------------------------------------------------------------------------------------------------
+
+    async def draw(self, order: Order) -> AsyncIterator[Drawn]:
+        """The images in the order in which they are finished; raises BadRequest before any weights move.
+
+        An order that is given up while it waits leaves the queue; one that is being drawn ends after the step.
+        """
         check(order, self._backbone)
-        published = self._store.version(order.subject, order.version)
-        assert published is not None, f"{order.subject}@{order.version} is not in {self._store.root}"
-        self._skeleton.wear(f"{order.subject}@{order.version}", self._host.tensors(published))
-        return [self._draw(order, seed) for seed in order.seeds]
+        async with self._host.lease(order.subject, order.version) as tensors:
+            results: asyncio.Queue[Drawn | Exception] = asyncio.Queue()
+            jobs = [Job(order, number, tensors, results) for number in range(len(order.seeds))]
+            for job in jobs:
+                self._turns.add(job)
+            metrics.waiting.set(len(self._turns))
+            if self._pumping is None or self._pumping.done():
+                self._pumping = asyncio.create_task(self._pump())
+            left = len(jobs)
+            try:
+                while left:
+                    result = await results.get()
+                    if isinstance(result, Exception):
+                        raise result
+                    left -= result.preview is None
+                    yield result
+            finally:
+                for job in jobs:
+                    job.abandoned = True
+                    self._turns.remove(job)
 
-    def _draw(self, order: Order, seed: int) -> bytes:
-        pipeline = self._skeleton.pipeline
-        pixels = pipeline(
-            prompt=order.prompt,
-            negative_prompt=order.negative_prompt,
-            width=order.width,
-            height=order.height,
-            num_inference_steps=order.steps,
-            guidance_scale=order.guidance,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="np",
-        ).images
-        if not np.isfinite(pixels).all():
-            raise ArithmeticError(f"{order.subject}@{order.version} gave pixels that are not finite")
-        [image] = pipeline.numpy_to_pil(pixels)
-        png = io.BytesIO()
-        image.save(png, "PNG")
-        return png.getvalue()
+    def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica whose check fails: raises when the device is stuck."""
+        if self._beat is not None and time.monotonic() - self._beat > self._wedged_after:
+            raise RuntimeError(f"the device has not finished a step for {self._wedged_after:g} s")
+        if self._broken:
+            raise RuntimeError("the device has failed; only a new process can use it again")
+
+    # -- the device ----------------------------------------------------------------------------------------------------
+
+    async def _pump(self) -> None:
+        loop = asyncio.get_running_loop()
+        while len(self._turns):
+            batch = self._turns.take(self._batch)
+            metrics.waiting.set(len(self._turns))
+            metrics.batches.observe(len(batch))
+            for job in batch:
+                metrics.seconds.observe(time.perf_counter() - job.since, tags={"stage": "wait"})
+            self._beat = time.monotonic()
+            try:
+                pixels = await loop.run_in_executor(self._device, self._sample, batch, loop)
+                self._encode(batch, pixels, None, loop)
+            except _Abandoned:
+                pass
+            except Exception as error:
+                self._broken = self._broken or isinstance(error, torch.AcceleratorError)
+                for job in batch:
+                    job.results.put_nowait(error)
+            finally:
+                self._beat = None
+
+    def _sample(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> np.ndarray:
+        order, started = batch[0].order, time.perf_counter()
+        if self._skeleton.wear(order.model, batch[0].tensors):
+            metrics.swaps.inc()
+            metrics.seconds.observe(time.perf_counter() - started, tags={"stage": "swap"})
+        started = time.perf_counter()
+
+        def on_step(step: int, preview: Callable[[], np.ndarray]) -> None:
+            self._beat = time.monotonic()
+            if all(job.abandoned for job in batch):
+                raise _Abandoned
+            shown = {job: preview_after(step, job.order) for job in batch}
+            if any(number is not None for number in shown.values()):
+                pixels = preview()
+                for number in sorted({number for number in shown.values() if number is not None}):
+                    rows = [row for row, job in enumerate(batch) if shown[job] == number]
+                    self._encode([batch[row] for row in rows], pixels[rows], number, loop)
+
+        pixels = self._skeleton.draw(
+            order,
+            [(job.order.prompt, job.order.negative_prompt) for job in batch],
+            [job.order.seeds[job.number] for job in batch],
+            on_step,
+        )
+        metrics.seconds.observe(time.perf_counter() - started, tags={"stage": "sample"})
+        return pixels
+
+    def _encode(
+        self, jobs: Sequence[Job], pixels: np.ndarray, preview: int | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        def encode(job: Job, image: np.ndarray) -> None:
+            result: Drawn | Exception
+            try:
+                result = Drawn(job.number, png(image), preview, len(jobs))
+            except ArithmeticError as error:
+                result = ArithmeticError(f"{job.order.model}, seed {job.order.seeds[job.number]}: {error}")
+            loop.call_soon_threadsafe(job.results.put_nowait, result)
+
+        for job, image in zip(jobs, pixels, strict=True):
+            self._encoders.submit(encode, job, image)
+
+    # -- subjects to keep ----------------------------------------------------------------------------------------------
+
+    async def _keep_loaded(self, models: Sequence[str]) -> None:
+        while True:
+            try:
+                await self._host.keep(await asyncio.to_thread(self._named, models))
+            except Exception:  # the store may be away for a while; requests do not depend on this
+                _LOG.exception("could not load the subjects to keep")
+            await asyncio.sleep(_KEEP_SECONDS)
+
+    def _named(self, models: Sequence[str]) -> frozenset[tuple[str, str]]:
+        found = set()
+        for model in models:
+            subject, _, version = model.partition("@")
+            published = [one for one in self._store.versions(subject) if version in ("", one.id)][-1:]
+            found |= {(subject, one.id) for one in published if one.manifest["backbone"]["hash"] == self._hash}
+        return frozenset(found)
 
 
-def check(order: Order, backbone: Backbone) -> None:
-    """Raise BadRequest unless the backbone takes the order's size and the length of its prompts."""
-    largest = _LARGEST_SIDE * backbone.default_resolution
-    if max(order.width, order.height) > largest:
-        raise BadRequest(f"size {order.width}x{order.height} is too large for this model: a side is at most {largest}")
-    try:
-        backbone.check_resolution(order.width)
-        backbone.check_resolution(order.height)
-        backbone.tokenize([order.prompt, order.negative_prompt or ""])
-    except ValueError as error:
-        raise BadRequest(str(error)) from error
+def preview_after(step: int, order: Order) -> int | None:
+    """The number of the preview that is due after a step (from 0), or None; previews divide the steps evenly."""
+    due = [(number + 1) * order.steps // (order.previews + 1) - 1 for number in range(order.previews)]
+    return max((number for number, at in enumerate(due) if at == step), default=None)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG file of pixels (height, width, 3) in [0, 1]; ArithmeticError when some are not finite."""
+    if not np.isfinite(pixels).all():
+        raise ArithmeticError("the pixels are not finite")
+    started, file = time.perf_counter(), io.BytesIO()
+    Image.fromarray((pixels * 255).round().astype("uint8")).save(file, "PNG")
+    metrics.seconds.observe(time.perf_counter() - started, tags={"stage": "encode"})
+    return file.getvalue()

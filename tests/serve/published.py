@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.backbones import open_backbone
+from dreambooth.backbones import Backbone, open_backbone
 from dreambooth.sampling import SamplerSettings
 from dreambooth.store import SubjectStore, Version
 
@@ -21,23 +21,25 @@ CHANGED = {OLD_MUG: "unet", MUG: "unet", DOG: "text_encoder"}
 
 
 def publish_all(store: SubjectStore, backbone_folder: Path) -> list[Version]:
-    """Publish versions of the backbone with noise of their own on every parameter of one network."""
+    """Publish the versions of `CHANGED`."""
     backbone = open_backbone(backbone_folder)
     store.add_backbone(backbone)
-    published = []
-    for (subject, version), component in CHANGED.items():
-        torch.manual_seed(int(version))
-        network: Any = backbone.load(component)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        lineage = {
-            "class_noun": subject,
-            "identifier": "sks",
-            "backbone": {"family": backbone.family, "hash": backbone.hash},
-            "run": {"samples": asdict(SAMPLES)},
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            network.save_pretrained(Path(folder) / component)
-            published.append(store.publish(subject, version, Path(folder), lineage, [component]))
-    return published
+    return [publish(store, backbone, *key, component) for key, component in CHANGED.items()]
+
+
+def publish(store: SubjectStore, backbone: Backbone, subject: str, version: str, component: str) -> Version:
+    """Publish a version of the backbone with noise of its own (by `version`) on every parameter of one network."""
+    torch.manual_seed(int(version))
+    network: Any = backbone.load(component)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    lineage = {
+        "class_noun": subject,
+        "identifier": "sks",
+        "backbone": {"family": backbone.family, "hash": backbone.hash},
+        "run": {"samples": asdict(SAMPLES)},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        network.save_pretrained(Path(folder) / component)
+        return store.publish(subject, version, Path(folder), lineage, [component])

@@ -16,15 +16,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from openai import APIError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 from pydantic import ValidationError
 from ray import serve
+from ray.serve.config import HTTPOptions
 from transformers import CLIPTextModel
 
 from dreambooth.store import SubjectStore
-from serve.app import Arguments, app
+from serve.app import Arguments, app, deployment_options
+from serve.keys import KeyFolder
 from tests.serve.published import CHANGED, DOG, MUG, OLD_MUG, publish_all
 
 KINDS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
@@ -37,19 +41,34 @@ class Server:
     url: str
     store: SubjectStore
     backbone: Path
+    key: str
+    """Sees every subject, and is an admin's."""
+    dog_key: str
+    """Sees the dog alone, in images of at most 32 pixels, 20 a minute."""
 
-    def ask(self, path: str, body: object = None, raw: bytes | None = None) -> tuple[int, Any]:
+    def ask(
+        self,
+        path: str,
+        body: object = None,
+        raw: bytes | None = None,
+        key: str | None = None,
+        method: str | None = None,
+    ) -> tuple[int, Any]:
         """Status and parsed JSON of a GET, or of a POST of `body`."""
         data = raw if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key if key is None else key}"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, json.load(response)
+                return response.status, json.loads(response.read() or "null")
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    def generate(self, **body: object) -> tuple[int, Any]:
-        return self.ask("/v1/images/generations", {"prompt": "a {subject} on the beach", **body})
+    def client(self, key: str | None = None) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key if key is None else key, max_retries=0)
+
+    def generate(self, key: str | None = None, **body: object) -> tuple[int, Any]:
+        return self.ask("/v1/images/generations", {"prompt": "a {subject} on the beach", **body}, key=key)
 
     def pixels(self, **body: object) -> list[np.ndarray]:
         status, answer = self.generate(**body)
@@ -58,16 +77,29 @@ class Server:
         return [np.asarray(Image.open(io.BytesIO(png))) for png in pngs]
 
 
+def wait_until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """What the condition gives once it gives something true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if result := condition():
+            return result
+        time.sleep(0.1)
+    pytest.fail("it did not come")
+
+
 @pytest.fixture(scope="module")
 def server(local_ray: None, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     store = SubjectStore(tmp_path_factory.mktemp("serve"))
     publish_all(store, small_sdxl)
+    keys = KeyFolder(store.root / "keys")
+    key, _ = keys.make("us", (), admin=True)
+    dog_key, _ = keys.make("kennel", ("dog",), images_per_minute=20, largest_side=32)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app(Arguments(store=str(store.root))))
-    yield Server(f"http://127.0.0.1:{port}", store, small_sdxl)
+    serve.run(app(Arguments(store=str(store.root), queue=4, keep=("mug",))))
+    yield Server(f"http://127.0.0.1:{port}", store, small_sdxl, key, dog_key)
     serve.shutdown()
 
 
@@ -151,12 +183,7 @@ def test_a_version_published_later_is_served(server: Server, tmp_path: Path) -> 
     assert server.generate(model="late")[0] == 404
     lineage = {key: published.manifest[key] for key in ("class_noun", "identifier", "backbone", "run")}
     server.store.publish("late", "4" * 12, server.store.local_version(published), lineage, published.components)
-    for _ in range(100):
-        status, _ = server.generate(model="late")
-        if status == 200:
-            return
-        time.sleep(0.1)
-    pytest.fail("the new version is not served")
+    wait_until(lambda: server.generate(model="late")[0] == 200)
 
 
 @pytest.mark.parametrize("model", ["cat", "mug@" + "9" * 12, "mug@", "", "@", "../mug", "mug@../1"])
@@ -202,6 +229,162 @@ def test_invalid_fields_are_named(server: Server, field: str, value: object) -> 
     assert (status, answer["error"]["type"], answer["error"]["param"]) == (422, "invalid_request_error", field)
 
 
+def test_the_official_client_works_unchanged(server: Server) -> None:
+    client = server.client()
+    answer = client.images.generate(
+        model="mug", prompt="a {subject}", n=2, size="32x32", response_format="b64_json", extra_body={"seed": 3}
+    )
+    assert answer.data is not None
+    again = server.generate(model="mug", prompt="a {subject}", seed=3)[1]["data"][0]
+    assert answer.data[0].b64_json == again["b64_json"]
+    assert {"mug", "dog"} <= {model.id for model in client.models.list()}
+    assert client.models.retrieve("@".join(MUG)).id == "@".join(MUG)
+    with pytest.raises(NotFoundError, match="does not exist"):
+        client.images.generate(model="cat", prompt="a {subject}")
+    with pytest.raises(BadRequestError, match="multiple of"):
+        client.images.generate(model="mug", prompt="a {subject}", size="33x33")  # type: ignore[call-overload]
+    with pytest.raises(AuthenticationError):
+        server.client("wrong").models.list()
+
+
+def test_the_official_client_streams_unfinished_images(server: Server) -> None:
+    events = list(
+        server.client().images.generate(
+            model="mug",
+            prompt="a {subject}",
+            stream=True,
+            partial_images=2,
+            extra_body={"seed": 3, "num_inference_steps": 9},
+        )
+    )
+    assert [event.type for event in events] == [
+        *["image_generation.partial_image"] * 2,
+        "image_generation.completed",
+    ]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]  # type: ignore[union-attr]
+    [image] = server.generate(model="mug", prompt="a {subject}", seed=3, num_inference_steps=9)[1]["data"]
+    assert events[2].b64_json == image["b64_json"]
+    assert len({event.b64_json for event in events}) == 3
+
+
+def test_a_stream_that_cannot_start_is_an_error_with_its_status(server: Server) -> None:
+    assert server.generate(model="mug", stream=True, size="32x33")[0] == 400
+    assert server.generate(model="mug", partial_images=1)[0] == 400
+    with pytest.raises(APIError, match="not ready within"):
+        server.client().images.generate(
+            model="mug", prompt="a", stream=True, extra_body={"num_inference_steps": 200, "deadline": 0.2}
+        )
+
+
+def test_a_key_sees_its_tenants_subjects_alone(server: Server) -> None:
+    _, answer = server.ask("/v1/models", key=server.dog_key)
+    assert sorted(model["id"] for model in answer["data"]) == ["dog", "@".join(DOG)]
+    assert server.generate(server.dog_key, model="dog")[0] == 200
+    foreign = [server.generate(server.dog_key, model=model) for model in ("mug", "@".join(MUG))]
+    unknown = [server.generate(server.dog_key, model=model) for model in ("cup", "cup@" + MUG[1])]
+    for (status, theirs), (other, nobodys) in zip(foreign, unknown, strict=True):
+        assert status == other == 404
+        theirs["error"].pop("message"), nobodys["error"].pop("message")
+        assert theirs == nobodys
+    assert server.ask("/v1/models/mug", key=server.dog_key)[0] == 404
+
+
+def test_a_request_without_a_valid_key_is_refused(server: Server) -> None:
+    for key in ("", "wrong", "\xff", server.key[:-1]):
+        status, answer = server.generate(key, model="dog")
+        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_the_limits_of_a_key_hold(server: Server) -> None:
+    status, answer = server.generate(server.dog_key, model="dog", size="64x32")
+    assert (status, answer["error"]["param"]) == (400, "size")
+    answers = [server.generate(server.dog_key, model="dog", n=9, num_inference_steps=1) for _ in range(3)]
+    assert {status for status, _ in answers} == {200, 429}
+    assert answers[-1][1]["error"]["code"] == "rate_limit_exceeded"
+    assert server.generate(model="dog")[0] == 200  # other keys are not slowed
+
+
+def test_an_admin_key_lists_and_revokes_keys(server: Server) -> None:
+    secret, key = KeyFolder(server.store.root / "keys").make("guest", ("dog",))
+    wait_until(lambda: server.ask("/v1/models", key=secret)[0] == 200)
+    assert server.ask("/v1/admin/keys", key=secret)[0] == 403
+    status, answer = server.ask("/v1/admin/keys")
+    assert (status, {"us", "kennel", "guest"} <= {entry["tenant"] for entry in answer["data"]}) == (200, True)
+    assert secret not in json.dumps(answer)
+    assert server.ask(f"/v1/admin/keys/{key.id}", key=secret, method="DELETE")[0] == 403
+    assert server.ask(f"/v1/admin/keys/{key.id}", method="DELETE")[0] == 204
+    assert server.ask(f"/v1/admin/keys/{key.id}", method="DELETE")[0] == 404
+    wait_until(lambda: server.ask("/v1/models", key=secret)[0] == 401)
+
+
+def test_more_than_the_queue_holds_is_refused_and_who_leaves_makes_room(server: Server) -> None:
+    body = json.dumps({"model": "mug", "prompt": "a", "n": 10, "num_inference_steps": 200}).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    address = server.url.removeprefix("http://").split(":")
+    clients = [socket.create_connection((address[0], int(address[1]))) for _ in range(60)]
+    for client in clients:
+        client.sendall(head.encode() + body)
+    status, answer = wait_until(
+        lambda: refused if (refused := server.generate(model="dog", deadline=1))[0] == 429 else None
+    )
+    assert (status, answer["error"]["code"], answer["error"]["type"]) == (429, "overloaded", "rate_limit_error")
+    for client in clients:
+        client.close()
+    started = time.monotonic()
+    wait_until(lambda: server.generate(model="dog", deadline=5)[0] == 200)
+    assert time.monotonic() - started < 20  # the work that was asked for would have taken minutes
+
+
+def test_a_deadline_is_kept(server: Server) -> None:
+    started = time.monotonic()
+    status, answer = server.generate(model="mug", n=10, num_inference_steps=200, deadline=0.5)
+    assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+    assert time.monotonic() - started < 5
+
+
+def test_an_oversized_body_is_refused(server: Server) -> None:
+    status, answer = server.ask("/v1/images/generations", raw=b"[" * 100_000)
+    assert (status, answer["error"]["type"]) == (413, "invalid_request_error")
+
+
+def test_metrics_are_exported_without_a_label_that_grows(server: Server) -> None:
+    server.generate(model="mug")
+    server.generate(model="dog")
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def scrape() -> list[str]:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return [line for line in response.read().decode().splitlines() if line.startswith("ray_dreambooth_")]
+
+    names = ("seconds_bucket", "subject_reads", "swaps", "host_bytes", "waiting_images", "batch_images", "answers")
+    wait_until(lambda: all(any(f"ray_dreambooth_{name}" in line for line in scrape()) for name in names), 40)
+    lines = scrape()
+    for stage in ("load", "wait", "swap", "sample", "encode", "answer"):
+        assert any(f'stage="{stage}"' in line for line in lines), stage
+    assert not [line for line in lines if "mug" in line or "dog" in line]
+
+
+def test_requests_are_logged_with_their_id_and_without_prompts(server: Server) -> None:
+    secret = "a word that nobody else would write"
+    request = urllib.request.Request(
+        f"{server.url}/v1/images/generations",
+        json.dumps({"model": "mug", "prompt": secret}).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}", "X-Request-ID": "our-request"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert response.headers["x-request-id"] == "our-request"
+    folder = Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs" / "serve"
+
+    def lines() -> list[dict[str, Any]]:
+        text = "".join(path.read_text() for path in folder.glob("*.log"))
+        assert secret not in text
+        return [json.loads(line) for line in text.splitlines() if "our-request" in line and line.startswith("{")]
+
+    wait_until(lambda: [line for line in lines() if line.get("status") == 200 and line.get("tenant") == "us"])
+
+
 def test_other_errors_have_the_same_shape(server: Server) -> None:
     for path, raw, expected in [
         ("/v1/images/generations", b"{", 400),
@@ -216,7 +399,34 @@ def test_other_errors_have_the_same_shape(server: Server) -> None:
 
 
 def test_the_application_refuses_what_it_cannot_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="no published version"):
+    with pytest.raises(ValueError, match="there are no keys"):
         app(Arguments(store=str(tmp_path)))
-    with pytest.raises(ValidationError, match="replica"):
-        Arguments.model_validate({"store": str(tmp_path), "replica": "2"})
+    with pytest.raises(ValueError, match="no published version"):
+        app(Arguments(store=str(tmp_path), without_keys=True))
+    for wrong in ({"replica": "2"}, {"replicas": "0"}, {"replicas": "3", "max_replicas": "2"}):
+        with pytest.raises(ValidationError, match="replica"):
+            Arguments.model_validate({"store": str(tmp_path), **wrong})
+
+
+def test_without_keys_the_application_refuses_to_listen_beyond_this_machine(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = Arguments(store=str(server.store.root), without_keys=True)
+    assert app(args)
+    monkeypatch.setattr(HTTPOptions.model_fields["host"], "default", "0.0.0.0")
+    HTTPOptions.model_rebuild(force=True)
+    with pytest.raises(ValueError, match=r"listen on 0\.0\.0\.0"):
+        app(args)
+    monkeypatch.undo()
+    HTTPOptions.model_rebuild(force=True)
+
+
+def test_replicas_can_follow_the_load_down_to_none() -> None:
+    options = deployment_options(Arguments.model_validate({"store": "s", "replicas": "0", "max_replicas": "4"}))
+    scaling = options["autoscaling_config"]
+    assert (scaling.min_replicas, scaling.max_replicas, "num_replicas" in options) == (0, 4, False)
+    assert deployment_options(Arguments(store="s", replicas=2))["num_replicas"] == 2
+
+
+def test_names_can_be_given_on_the_command_line() -> None:
+    assert Arguments.model_validate({"store": "s", "keep": "mug,dog@1"}).keep == ("mug", "dog@1")

@@ -1,0 +1,102 @@
+"""One pipeline of a backbone, into which subjects' weights are copied in place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dreambooth.backbones import Backbone
+from serve.order import Order
+
+OnStep = Callable[[int, Callable[[], np.ndarray]], None]
+"""Called after each step with its number and a function that gives previews; what it raises ends the drawing."""
+
+
+class Skeleton:
+    """A pipeline built once, that takes on one subject after another: modules stay, the values of tensors change."""
+
+    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
+        """Build the pipeline with the backbone's own weights, and keep these in host memory beside it."""
+        self.device = device
+        if "vae" not in backbone.image_encoders:
+            raise ValueError(f"backbone {backbone.source!r} ({backbone.family}) works on pixels, and is not served yet")
+        self.pipeline = backbone.pipeline(dtype, backbone.trained_parts()).to(device)
+        if device.type == "cuda":  # tensor cores read convolutions in this layout; CPUs gain nothing from it
+            getattr(self.pipeline, backbone.denoiser).to(memory_format=torch.channels_last)
+            self.pipeline.vae.to(memory_format=torch.channels_last)
+        networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        self._live = {
+            f"{component}.{name}": tensor
+            for component, network in networks.items()
+            for name, tensor in network.state_dict().items()
+        }
+        self.base: Mapping[str, Tensor] = {name: tensor.to("cpu", copy=True) for name, tensor in self._live.items()}
+        self._worn: str | None = None
+        self._changed: set[str] = set()
+        self._estimate: Tensor | None = None
+        self._keep_estimates()
+
+    def _keep_estimates(self) -> None:
+        # Schedulers return their estimate of the finished image beside the next latents; the pipelines drop it.
+        step = self.pipeline.scheduler.step
+
+        @functools.wraps(step)
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            self._estimate = output[-1]
+            return output
+
+        self.pipeline.scheduler.step = keeping
+
+    def wear(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Make the weights those of the subject version `name`: its tensors, and the backbone's for all others.
+
+        False when they were its already.
+        """
+        if name == self._worn:
+            return False
+        assert tensors.keys() <= self._live.keys(), f"{name} holds tensors that its backbone lacks"
+        assert all(tensors[key].shape == self._live[key].shape for key in tensors), f"{name} is of another shape"
+        self._worn = None  # should a copy fail midway, the next subject is copied whatever it is
+        self._changed |= tensors.keys()
+        keys = sorted(self._changed)
+        sources = [tensors.get(key, self.base[key]) for key in keys]
+        with torch.no_grad():
+            if keys:
+                torch._foreach_copy_([self._live[key] for key in keys], sources, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the sources may be dropped once nobody draws with them
+        self._worn, self._changed = name, set(tensors)
+        return True
+
+    def draw(self, order: Order, texts: Sequence[tuple[str, str | None]], seeds: Sequence[int], on_step: OnStep) -> Any:
+        """Pixels (B, height, width, 3) in [0, 1] of a batch; texts and seeds are each image's own."""
+        prompts, negatives = zip(*texts, strict=True)
+
+        def callback(_pipeline: Any, step: int, _time: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step, self._preview)
+            return {}
+
+        return self.pipeline(
+            prompt=list(prompts),
+            negative_prompt=None if negatives[0] is None else list(negatives),
+            width=order.width,
+            height=order.height,
+            num_inference_steps=order.steps,
+            guidance_scale=order.guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="np",
+            callback_on_step_end=callback,
+        ).images
+
+    @torch.no_grad()
+    def _preview(self) -> np.ndarray:
+        assert self._estimate is not None
+        vae, processor = self.pipeline.vae, self.pipeline.image_processor
+        latents = self._estimate.to(vae.dtype) / vae.config.scaling_factor
+        return processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="np")

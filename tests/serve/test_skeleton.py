@@ -1,0 +1,72 @@
+"""The skeleton takes on subjects exactly, and draws batches as it draws single images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dreambooth.backbones import open_backbone
+from dreambooth.store import SubjectStore, Version
+from serve.order import Order
+from serve.skeleton import Skeleton
+from serve.tiers import DiskTier, HostTier
+
+ORDER = Order("mug", "1", "a mug", None, 32, 32, steps=4, guidance=4.0, seeds=(1, 2))
+
+
+def nothing(step: int, preview: Callable[[], np.ndarray]) -> None:
+    pass
+
+
+@pytest.fixture
+def skeleton(small_sdxl: Path) -> Skeleton:
+    return Skeleton(open_backbone(small_sdxl), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.anyio
+async def test_the_skeleton_holds_one_subject_and_is_never_rebuilt(
+    skeleton: Skeleton, store: SubjectStore, versions: list[Version], tmp_path: Path
+) -> None:
+    host = HostTier(DiskTier(store, tmp_path, 0), skeleton.base, 2**30)
+    live = {
+        f"{component}.{name}": tensor
+        for component in ("unet", "text_encoder", "text_encoder_2", "vae")
+        for name, tensor in getattr(skeleton.pipeline, component).state_dict().items()
+    }
+    base = {name: tensor.clone() for name, tensor in live.items()}
+    for version in [*versions, *reversed(versions)]:
+        async with host.lease(version.subject, version.id) as tensors:
+            skeleton.wear(version.id, tensors)
+            expected = base | dict(tensors)
+        assert [name for name in live if not torch.equal(live[name], expected[name])] == []
+
+
+def test_a_subject_that_does_not_fit_changes_nothing(skeleton: Skeleton) -> None:
+    bias = skeleton.pipeline.unet.conv_in.bias
+    before = bias.clone()
+    for tensors in ({"unet.conv_in.bias": torch.zeros(1)}, {"unet.unknown": torch.zeros(1)}):
+        with pytest.raises(AssertionError, match="broken@1"):
+            skeleton.wear("broken@1", tensors)
+    assert torch.equal(bias, before)
+
+
+@pytest.mark.parametrize("negative", [None, "blurry"])
+def test_an_image_does_not_depend_on_its_batch_but_for_rounding(skeleton: Skeleton, negative: str | None) -> None:
+    texts = [("a mug", negative), ("a dog on the beach", negative)]
+    together = skeleton.draw(ORDER, texts, (1, 2), nothing)
+    alone = [skeleton.draw(ORDER, [texts[i]], [i + 1], nothing)[0] for i in range(2)]
+    assert np.abs(together - np.stack(alone)).max() < 1e-3
+    assert np.abs(alone[0] - alone[1]).max() > 0.1
+
+
+def test_the_last_preview_is_the_image(skeleton: Skeleton) -> None:
+    previews: list[np.ndarray] = []
+    pixels = skeleton.draw(ORDER, [("a mug", None)], [1], lambda _, preview: previews.append(preview()))
+    distances = [float(np.abs(preview - pixels).mean()) for preview in previews]
+    assert len(previews) == 4
+    assert distances[-1] < 1e-4
+    assert distances == sorted(distances, reverse=True)
