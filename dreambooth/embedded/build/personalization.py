@@ -164,5 +164,5 @@ def _finetune(
 
 
 def _encode(tools: Tools, images: list[Image.Image]) -> Tensor:
-    mean, _ = tools.backbone.encode_images(tools.pipeline.vae, to_pixels(images).to(tools.device))
+    mean, _ = tools.backbone.encode_images(tools.pipeline.components, to_pixels(images).to(tools.device))
     return tools.backbone.scale_latents(mean)
