@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.comm.torch import build_shm_op
 
+from dreambooth.storage import digest
+
 
 def ops_folder() -> Path:
-    """Where the ops of these versions of torch and DeepSpeed lie, under TORCH_EXTENSIONS_DIR if that is set."""
+    """Where the ops of this environment lie, under TORCH_EXTENSIONS_DIR if that is set.
+
+    Another environment's headers have other paths, so two that share a folder would compile at every turn.
+    """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/dreambooth/ops").expanduser()
-    return root / f"torch-{torch.__version__}-deepspeed-{deepspeed.__version__}"
+    return root / f"torch-{torch.__version__}-deepspeed-{deepspeed.__version__}-{digest(sys.prefix, 8)}"
 
 
 def compile_ops() -> None:
