@@ -84,7 +84,7 @@ def train(
         {"params": [p for p in decayed if p not in embeddings], "weight_decay": recipe.weight_decay},
         {"params": others + [p for p in decayed if p in embeddings], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=clock.device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
     average = _copy(model) if recipe.ema else None
     step = load_checkpoint(folder, model, optimizer, average)
     model.train()
