@@ -1,4 +1,4 @@
-"""The C++ ops that DeepSpeed compiles when they are first needed, kept where a killed process cannot block it."""
+"""The C++ ops that DeepSpeed compiles when they are first needed, kept where a killed process cannot block them."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def _measures(pending: list[Tensor], step: int, run: Run, seconds: float) -> lis
             )
         rate = run.training.learning_rate * _rate_factor(run.training, number - 1)
         measures = {"loss/instance": instance, "loss/prior": prior, "learning_rate": rate, **speed}
-        rows.append(measures | ({"gradient_norm": norm} if math.isfinite(norm) else {}))
+        rows.append(measures | ({} if math.isnan(norm) else {"gradient_norm": norm}))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The Ray Serve application: `serve run serve.app:app store=PATH` serves a subject store on http://127.0.0.1:8000."""
+"""The Ray Serve application: `serve run serve.app:app store=PATH` serves a store with keys on http://127.0.0.1:8000."""
 
 # No `from __future__ import annotations` here: Ray Serve must find the type of `app`'s argument, not its name.
 

@@ -99,6 +99,11 @@ BAD_INPUT: dict[str, Bad] = {
     "a batch that does not divide": _option("--batch", "3", "--workers", "2", says=("--batch 3", "--workers 2")),
     "no steps": _option("--steps", "0", says=("--steps",)),
     "a negative prior weight": _option("--prior-weight", "-1", says=("--prior-weight",)),
+    "an average that never moves": _option("--ema-decay", "1", says=("--ema-decay", "below 1")),
+    "a warm-up without end": _option("--steps", "5", "--warmup-steps", "5", says=("--warmup-steps 5", "5 steps")),
+    "a rate for text encoders that are frozen": _option(
+        "--text-encoder-learning-rate", "1e-6", says=("--train-text-encoder",)
+    ),
     "an unknown scheduler": _option("--prior-scheduler", "EulerScheduler", says=("EulerScheduler", "nearest")),
     "a prompt with an unknown placeholder": _option("--sample-prompts", "a {dog}", says=("{dog}",)),
     "a prompt that is too long": _option("--sample-prompts", "{subject} " * 60, says=("tokens",)),

@@ -73,6 +73,7 @@ def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
     done = personalize(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 published, 0 failed" in done.stdout
+    assert f"serve run serve.app:app without_keys=true store={tmp_path}" in done.stdout
     [version] = SubjectStore(tmp_path).versions("mug")
     assert version.components == ["unet"]
     assert all(changed(small_stable_diffusion, version, "unet"))
