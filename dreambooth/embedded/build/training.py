@@ -151,10 +151,14 @@ def load_checkpoint(
     if average is not None:
         average.load_state_dict(under(EMA_PREFIX))
     if optimizer is not None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in under(OPTIMIZER_PREFIX).items():
             index, key = name.split("/")
-            state.setdefault(int(index), {})[key] = value
+            parameter = parameters[int(index)]
+            # Fused optimizers walk over parameters and moments alike: both want one memory format.
+            laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+            state.setdefault(int(index), {})[key] = laid_out
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return checkpoint_step(folder)
 

@@ -5,6 +5,8 @@ encoders' states are the context, the pooled text and the size and crop of the p
 """
 
 import json
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth.embedded.build.config import UnetConfig
@@ -156,12 +159,14 @@ def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> 
 def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, folder: Path, clock: Clock) -> None:
     """Train on cached latents; a tenth of the captions are dropped to zeros for classifier-free guidance."""
     device = clock.device
-    unet.to(device)
+    unet.to(device, memory_format=torch.channels_last)
     scheduler = new_scheduler()
     steps = scheduler.config.num_train_timesteps
     latents_of, ids_of, caption_of, states_of, pooled_of = (torch.from_numpy(np.array(a)).to(device) for a in data)
     recipe = config.recipe
     predict = torch.compile(unet) if clock.compiled else unet
+    # On a CPU the backward pass of fused attention is slower than that of plain matrix products.
+    attention = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else nullcontext
 
     def loss_of(step: int) -> Tensor:
         rows = batches(len(data.latents), recipe.batch, SEED, step)
@@ -178,7 +183,7 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
             "text_embeds": pooled_of[captions].float() * kept[:, None],
             "time_ids": ids_of[picked].float(),
         }
-        with autocast(device):
+        with autocast(device), attention():
             predicted = predict(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=conditions).sample
         return F.mse_loss(predicted.float(), target)
 
