@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dreambooth.backbones import Backbone, Conditioning, LowResolution
+from dreambooth.identifier import MAX_TOKENS
 from dreambooth.sampling import DTYPES
 
 
@@ -25,6 +26,9 @@ class MemoryPlan:
     """Bytes on one device, by part, and the bytes that offloading moves to the host for each worker."""
 
     parameters: int
+    """How many are trained."""
+    frozen: int
+    """Bytes of the weights of networks that take part and are not trained."""
     weights: int
     gradients: int
     optimizer_states: int
@@ -34,7 +38,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer_states + self.activations
+        return self.frozen + self.weights + self.gradients + self.optimizer_states + self.activations
 
 
 def plan_memory(
@@ -52,16 +56,23 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
 
+    Without any it is that of Textual Inversion: a few embeddings, and gradients through all networks into them.
     ZeRO 1 divides the optimizer states (float32 masters, AdamW's two moments and, with `ema`, an average) by the number
     of workers, 2 the gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the
     host, and under 3 the weights.
     """
     dtype = DTYPES[precision]
-    networks = {name: backbone.empty(name).to(dtype) for name in trained}
+    names = trained or (backbone.denoiser, *backbone.text_encoders)
+    networks = {name: backbone.empty(name).to(dtype) for name in names}
     if gradient_checkpointing:
         for network in networks.values():
             enable_gradient_checkpointing(network)
-    parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+    parameters, frozen = (
+        sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
+        0,
+    )
+    if not trained:
+        parameters, frozen = _freeze_but_embeddings(backbone, networks), parameters * dtype.itemsize
     divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     weights = parameters * dtype.itemsize // divisor[3]
     gradients = parameters * dtype.itemsize // divisor[2]
@@ -73,7 +84,15 @@ def plan_memory(
         offloaded = states + gradients + (weights if zero_stage == 3 else 0)
         weights, gradients, states = (0 if zero_stage == 3 else weights), 0, 0
     activations = activation_bytes(backbone, networks, rows, resolution, dtype)
-    return MemoryPlan(parameters, weights, gradients, states, activations, offloaded)
+    return MemoryPlan(parameters, frozen, weights, gradients, states, activations, offloaded)
+
+
+def _freeze_but_embeddings(backbone: Backbone, networks: dict[str, Any]) -> int:
+    """Let gradients flow as far as the token embeddings; returns the most parameters that an identifier has there."""
+    for network in networks.values():
+        network.requires_grad_(False)
+    tables = [networks[name].get_input_embeddings().requires_grad_(True) for name in backbone.text_encoders]
+    return MAX_TOKENS * sum(table.embedding_dim for table in tables)
 
 
 def enable_gradient_checkpointing(network: Any) -> None:

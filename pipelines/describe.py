@@ -55,7 +55,7 @@ def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
 def _describe_memory(plan: Plan, memory: MemoryPlan) -> Iterator[str]:
     stage = plan.options.cluster.zero_stage
     yield f"Memory per device (ZeRO stage {stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
-    for name in ("weights", "gradients", "optimizer_states", "activations", "total"):
+    for name in ("frozen", "weights", "gradients", "optimizer_states", "activations", "total"):
         yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
     if memory.offloaded:
         yield f"  {'offloaded to host':18} {_size(memory.offloaded):>12}"

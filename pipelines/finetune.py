@@ -32,6 +32,7 @@ from dreambooth.memory import enable_gradient_checkpointing, in_precision
 from dreambooth.sampling import DTYPES
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
+from dreambooth.textual_inversion import LearnedEmbeds, TextualInversion
 from pipelines import training_set
 from pipelines.batches import Batches
 from pipelines.checkpoints import read_checkpoint, write_checkpoint
@@ -55,15 +56,6 @@ class Trainable(nn.Module):
         self.backbone = backbone
         self.networks = nn.ModuleDict(networks)
 
-    def groups(self, training: Training) -> list[dict[str, Any]]:
-        """One group of parameters a network, for AdamW: text encoders have a learning rate of their own."""
-        groups = []
-        for name, network in self.networks.items():
-            of_text = name in self.backbone.text_encoders
-            rate = training.text_encoder_learning_rate if of_text else training.learning_rate
-            groups.append({"params": list(network.parameters()), "lr": rate, "initial_lr": rate})
-        return groups
-
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, ids: dict[str, Tensor]) -> Tensor:
         """The denoiser's prediction; prompts are embeddings, or token ids (B, length) for trained text encoders."""
         if ids:
@@ -71,6 +63,30 @@ class Trainable(nn.Module):
             conditioning = conditioning | self.backbone.encode_text(encoders, ids)
         conditioning = in_precision(conditioning, z_t.dtype)
         return self.backbone.predict(self.networks[self.backbone.denoiser], z_t, t, conditioning)
+
+
+def trainable(run: Run, backbone: Backbone) -> nn.Module:
+    """The module that a run trains, on the CPU with the weights that it begins with."""
+    inversion = run.training.method == "textual-inversion"
+    names = (backbone.denoiser, *backbone.text_encoders) if inversion else run.training.trained
+    networks = {name: backbone.load(name) for name in names}
+    if run.training.gradient_checkpointing:
+        for network in networks.values():
+            enable_gradient_checkpointing(network)
+    if not inversion:
+        return Trainable(backbone, networks)
+    encoders = {name: networks[name] for name in backbone.text_encoders}
+    embeds = LearnedEmbeds.of_noun(backbone, encoders, run.identifier, run.class_noun)
+    return TextualInversion(backbone, networks, embeds)
+
+
+def groups(module: nn.Module, training: Training, backbone: Backbone) -> list[dict[str, Any]]:
+    """Parameters for AdamW with their learning rates: text encoders that are trained have one of their own."""
+    of_text = tuple(f"networks.{name}." for name in backbone.text_encoders)
+    text = [parameter for name, parameter in module.named_parameters() if name.startswith(of_text)]
+    others = [parameter for name, parameter in module.named_parameters() if not name.startswith(of_text)]
+    rates = [(others, training.learning_rate), (text, training.text_encoder_learning_rate)]
+    return [{"params": chosen, "lr": rate, "initial_lr": rate} for chosen, rate in rates if chosen]
 
 
 def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -> PriorPreservationLoss:
@@ -101,11 +117,7 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(run.lane.cpus_per_worker)
 
     backbone = store.open_backbone(run.backbone)
-    networks = {name: backbone.load(name) for name in run.training.trained}
-    if run.training.gradient_checkpointing:
-        for network in networks.values():
-            enable_gradient_checkpointing(network)
-    module = Trainable(backbone, networks)
+    module = trainable(run, backbone)
     step = 0
     state: dict[str, Tensor] = {}
     if (checkpoint := ray.train.get_checkpoint()) is not None:
@@ -114,7 +126,9 @@ def train_worker(config: dict[str, Any]) -> None:
         module.load_state_dict({name: state[f"param.{name}"] for name, _ in module.named_parameters()}, strict=False)
         if step == run.training.steps:
             return
-    engine = start_engine(module, module.groups(run.training), run.training, run.lane)
+    engine = start_engine(module, groups(module, run.training, backbone), run.training, run.lane)
+    if isinstance(module, TextualInversion):
+        module.place(engine.device, DTYPES[run.training.precision])
     average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
     if state:
         restore(engine, state, step)

@@ -13,6 +13,7 @@ import tyro
 import yaml
 
 from dreambooth.learning_rate import Schedule
+from pipelines.run import Method
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class SubjectOptions:
     class_noun: str | None = None
     """What the subject is, for example "dog". By default the noun that --class-noun-judge finds."""
     class_noun_judge: str | None = None
-    """CLIP model that finds missing class nouns: a folder or hub id."""
+    """CLIP model that finds missing class nouns: a folder or hub id. By default, beside the embedded backbone, the
+    judge that ships with it."""
     identifier: str | None = None
     """The rare token(s) [V] that will name the subject. By default found by the paper's rule."""
     manifest: str | None = None
@@ -76,6 +78,8 @@ class PriorOptions:
 class TrainingOptions:
     """Fine-tuning."""
 
+    method: Method = "dreambooth"
+    """textual-inversion trains nothing but the embeddings of the identifier's tokens, for comparison: a few KB."""
     steps: int | None = None
     """Optimizer steps. By default the backbone's preset."""
     learning_rate: float | None = None

@@ -19,9 +19,10 @@ from dreambooth.backbones import (
     LowResolution,
     open_backbone,
 )
-from dreambooth.class_noun import FoundNoun, find_class_noun
+from dreambooth.class_noun import FoundNoun, PictureTextJudge, find_class_noun
 from dreambooth.identifier import Identifier, check_identifier, find_identifier
 from dreambooth.judges.clip import ClipJudge
+from dreambooth.judges.embedded import EmbeddedClip
 from dreambooth.memory import MemoryPlan, plan_memory
 from dreambooth.presets import preset_of
 from dreambooth.prior_set import PriorSet
@@ -30,7 +31,7 @@ from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
 from pipelines.options import Options
-from pipelines.run import Lane, PlannedSubject, Run, Training
+from pipelines.run import Lane, PlannedSubject, Run, Training, subject_phrase
 
 GIB = 2**30
 
@@ -137,6 +138,8 @@ def _check_numbers(options: Options) -> None:
         raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
     if options.prior.prior_scheduler is not None:
         scheduler_class(options.prior.prior_scheduler)
+    if options.training.method == "textual-inversion":
+        _check_inversion(options)
     if options.model.noise_level is not None and options.model.super_resolution is None:
         raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
     if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
@@ -147,6 +150,17 @@ def _check_numbers(options: Options) -> None:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 
 
+def _check_inversion(options: Options) -> None:
+    for given, name in (
+        (options.model.train_text_encoder, "train-text-encoder"),
+        (options.model.super_resolution, "super-resolution"),
+    ):
+        if given:
+            raise ValueError(
+                f"--method textual-inversion trains nothing but the identifier's embeddings: leave out --{name}"
+            )
+
+
 def _training(options: Options, backbone: Backbone, low_resolution: LowResolution | None = None) -> Training:
     """The settings of a stage. Ruiz et al. tune super-resolution on the subject's photos alone, without a prior."""
     preset, chosen = preset_of(backbone), options.training
@@ -154,15 +168,19 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
     resolution = backbone.default_resolution
     if low_resolution is None and options.model.resolution is not None:
         resolution = options.model.resolution
-    prior_weight = options.prior.prior_weight if low_resolution is None else 0.0
+    inversion = chosen.method == "textual-inversion"
+    prior_weight = options.prior.prior_weight if low_resolution is None and not inversion else 0.0
     backbone.check_resolution(resolution)
     on_gpu = _gpus_per_worker(options) > 0
-    rate = chosen.learning_rate or (preset.learning_rate_with_text_encoder if with_text else preset.learning_rate)
-    steps = chosen.steps or preset.steps
+    steps, rate = preset.steps, preset.learning_rate_with_text_encoder if with_text else preset.learning_rate
+    if inversion:
+        steps, rate = preset.inversion_steps, preset.inversion_learning_rate
+    steps, rate = chosen.steps or steps, chosen.learning_rate or rate
     if chosen.warmup_steps >= steps:
         raise ValueError(f"--warmup-steps {chosen.warmup_steps} leaves nothing of {steps} steps: use fewer")
     return Training(
-        trained=(backbone.denoiser, *(backbone.text_encoders if with_text else ())),
+        method=chosen.method,
+        trained=() if inversion else (backbone.denoiser, *(backbone.text_encoders if with_text else ())),
         resolution=resolution,
         steps=steps,
         learning_rate=rate,
@@ -271,7 +289,7 @@ def _specs(options: Options) -> list[SubjectSpec]:
         from dreambooth.embedded import sample_subject
 
         return [sample_subject()]
-    if chosen.class_noun is None and chosen.class_noun_judge is None:
+    if chosen.class_noun is None and _class_noun_judge(options) is None:
         raise ValueError(
             '--class-noun is missing: say what the images show, for example --class-noun "dog", or name a CLIP model '
             "that finds it, for example --class-noun-judge openai/clip-vit-large-patch14"
@@ -315,7 +333,8 @@ def _plan_subject(
         **_drawing(options, backbone),
     )
     templates = spec.prompts or options.samples.sample_prompts or default_samples(subject.class_noun)
-    prompts = tuple(fill(template, identifier.text, subject.class_noun) for template in templates)
+    phrase = subject_phrase(training.method, identifier.text, subject.class_noun)
+    prompts = tuple(fill(template, phrase) for template in templates)
     backbone.tokenize(prompts)
     run = Run(
         subject=subject.name,
@@ -337,19 +356,26 @@ def _plan_subject(
 def _load(options: Options, spec: SubjectSpec) -> tuple[Subject, FoundNoun | None]:
     if spec.class_noun is not None:
         return load_subject(spec.name, spec.images, spec.class_noun), None
-    if options.subject.class_noun_judge is None:
+    judge = _class_noun_judge(options)
+    if judge is None:
         raise ValueError(
             f"subject {spec.name!r} has no class noun: give it in the manifest, or name a CLIP model that finds it "
             "with --class-noun-judge"
         )
     subject = load_subject(spec.name, spec.images, "subject")
-    found = find_class_noun(_judge(options.subject.class_noun_judge), [image.pixels() for image in subject.images])
+    found = find_class_noun(_judge(judge), [image.pixels() for image in subject.images])
     return replace(subject, class_noun=found.noun), found
 
 
+def _class_noun_judge(options: Options) -> str | None:
+    """The judge that finds missing class nouns: the one that was named, or beside the embedded backbone its own."""
+    own = EmbeddedClip.name if options.model.backbone == "embedded" and EmbeddedClip.ships() else None
+    return options.subject.class_noun_judge or own
+
+
 @cache
-def _judge(source: str) -> ClipJudge:
-    return ClipJudge(source)
+def _judge(source: str) -> PictureTextJudge:
+    return EmbeddedClip() if source == EmbeddedClip.name else ClipJudge(source)
 
 
 def _prior_sampler(options: Options, backbone: Backbone, training: Training, lane: Lane) -> SamplerSettings:

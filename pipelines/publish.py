@@ -24,6 +24,7 @@ from dreambooth.sampling import DTYPES, load_pipeline, sample
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore, Version
 from dreambooth.subject import Subject, read_image
+from dreambooth.textual_inversion import LEARNED_EMBEDS, LearnedEmbeds
 from pipelines.checkpoints import read_checkpoint
 from pipelines.console import Display, Stage
 from pipelines.run import PlannedSubject, Run
@@ -63,10 +64,17 @@ class _TrainedStage:
             checkpoint.download(Path(folder))
             _, state = read_checkpoint(Path(folder))
         dtype = DTYPES[run.training.precision]
-        networks = {name: trained_network(self.backbone, name, state, dtype) for name in run.training.trained}
-        self.parts: dict[str, Any] = networks | self.backbone.trained_parts()
+        self.parts: dict[str, Any]
+        if run.training.method == "textual-inversion":
+            embeds = learned_embeds(self.backbone, run.identifier, state)
+            replaced = {name: self.backbone.load(name, dtype) for name in self.backbone.text_encoders}
+            embeds.write_into(replaced)
+            self.parts = {LEARNED_EMBEDS: embeds}
+        else:
+            networks = {name: trained_network(self.backbone, name, state, dtype) for name in run.training.trained}
+            self.parts = replaced = networks | self.backbone.trained_parts()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._pipeline = load_pipeline(self.backbone, run.samples, device, self.parts)
+        self._pipeline = load_pipeline(self.backbone, run.samples, device, replaced)
 
     def draw(self, prompt: str, seed: int, small: Sequence[Image.Image]) -> list[Image.Image]:
         """The image of a prompt; a super-resolution stage enlarges the image that the stage before has drawn."""
@@ -127,12 +135,19 @@ def trained_network(backbone: Backbone, component: str, state: Mapping[str, Tens
     return network.to(dtype)
 
 
+def learned_embeds(backbone: Backbone, identifier: str, state: Mapping[str, Tensor]) -> LearnedEmbeds:
+    """The embeddings of the identifier that a checkpoint's state holds."""
+    embeds = {name: state[f"param.embeds.{name}"] for name in backbone.text_encoders}
+    return LearnedEmbeds(backbone, identifier, embeds)
+
+
 def lineage(run: Run, backbone: Backbone) -> dict[str, Any]:
     """What a version's manifest says of where it comes from."""
     return {
         "class_noun": run.class_noun,
         "identifier": run.identifier,
         "token_ids": list(run.token_ids),
+        "phrase": run.phrase,
         "instance_prompt": run.instance_prompt,
         "backbone": {"family": backbone.family, "hash": run.backbone},
         "prior_set": run.prior.key if run.prior else None,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from dreambooth.backbones import LowResolution
+from dreambooth.backbones import Backbone, LowResolution
 from dreambooth.class_noun import FoundNoun
 from dreambooth.learning_rate import Schedule
 from dreambooth.prior_set import PriorSet
@@ -15,12 +15,16 @@ from dreambooth.sampling import SamplerSettings
 from dreambooth.storage import digest
 from dreambooth.subject import Subject
 
+Method = Literal["dreambooth", "textual-inversion"]
+
 
 @dataclass(frozen=True)
 class Training:
     """Settings of the fine-tuning that determine its result."""
 
+    method: Method
     trained: tuple[str, ...]
+    """Networks that are trained; none by Textual Inversion."""
     resolution: int
     steps: int
     learning_rate: float
@@ -40,6 +44,10 @@ class Training:
     gradient_checkpointing: bool
     low_resolution: LowResolution | None = None
     """What a super-resolution stage is conditioned on."""
+
+    def trains_text(self, backbone: Backbone) -> bool:
+        """Whether the embeddings of prompts change while training."""
+        return self.method == "textual-inversion" or any(name in self.trained for name in backbone.text_encoders)
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,14 @@ class Run:
         return (self,) if self.super_resolution is None else (self, self.super_resolution)
 
     @property
+    def phrase(self) -> str:
+        """What the subject is called in prompts: [V] [class noun], or by Textual Inversion [V]."""
+        return subject_phrase(self.training.method, self.identifier, self.class_noun)
+
+    @property
     def instance_prompt(self) -> str:
         """a [V] [class noun]."""
-        return instance_prompt(self.identifier, self.class_noun)
+        return instance_prompt(self.phrase)
 
     @property
     def class_prompt(self) -> str:
@@ -102,6 +115,11 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         """A JSON-like form."""
         return asdict(self)
+
+
+def subject_phrase(method: Method, identifier: str, class_noun: str) -> str:
+    """What a subject is called in prompts."""
+    return identifier if method == "textual-inversion" else f"{identifier} {class_noun}"
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class TrainingSetEncoder:
     def _text(self, run: Run) -> dict[str, torch.Tensor]:
         assert self._backbone is not None
         ids = self._backbone.tokenize([run.instance_prompt, run.class_prompt])
-        if any(name in run.training.trained for name in self._backbone.text_encoders):
+        if run.training.trains_text(self._backbone):
             return {f"ids.{name}": value for name, value in ids.items()}
         encoders = {name: self._network(name) for name in self._backbone.text_encoders}
         text = self._backbone.encode_text(encoders, {name: value.to(self._device) for name, value in ids.items()})

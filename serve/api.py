@@ -215,7 +215,7 @@ def make_order(body: ImagesRequest, version: Version) -> Order:
     width, height = map(int, body.size.split("x")) if body.size else (samples.resolution, samples.resolution)
     seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
     try:
-        prompt = fill(body.prompt, version.manifest["identifier"], version.manifest["class_noun"])
+        prompt = fill(body.prompt, version.manifest["phrase"])
     except ValueError as error:
         raise ApiError(400, f"prompt: {error}", "prompt") from error
     if body.partial_images and not body.stream:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from dreambooth.storage import Location, digest
 from dreambooth.store import SubjectStore, Version
+from dreambooth.textual_inversion import LEARNED_EMBEDS, read_learned_embeds
 from serve import metrics
+from serve.skeleton import tensor_named
 
 _LOADS_AT_ONCE = 4
 _ALIGNMENT = 64
@@ -187,6 +189,8 @@ class HostTier:
         return self.bytes + room <= self._budget
 
     def _most_bytes(self, published: Version) -> int:
+        if published.components == [LEARNED_EMBEDS]:
+            return sum(entry["size"] for entry in published.manifest["files"].values())
         return sum(
             tensor.nbytes
             for name, tensor in self._base.items()
@@ -197,6 +201,11 @@ class HostTier:
         with self._disk.files(published) as folder:
             found: dict[str, Tensor] = {}
             for component in published.components:
+                if component == LEARNED_EMBEDS:
+                    for encoder, token_ids, rows in read_learned_embeds(folder / component):
+                        for token, row in zip(token_ids, rows, strict=True):
+                            self._take(found, f"{component}.{encoder}[{token}]", row, published)
+                    continue
                 for path in sorted((folder / component).glob("*.safetensors")):
                     with safe_open(path, "pt") as file:
                         for name in file.keys():  # noqa: SIM118, it is no dictionary
@@ -204,7 +213,10 @@ class HostTier:
             return self._pack(found)
 
     def _take(self, found: dict[str, Tensor], name: str, tensor: Tensor, published: Version) -> None:
-        base = self._base.get(name)
+        try:
+            base = tensor_named(self._base, name)
+        except LookupError:
+            base = None
         if base is None or base.shape != tensor.shape:
             raise ValueError(f"{published.subject}@{published.id} does not fit its backbone: {name}")
         tensor = tensor.to(base.dtype)
@@ -222,7 +234,7 @@ class HostTier:
         block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
         tensors = {}
         for name, tensor in found.items():
-            base, start = self._base[name], starts[name]
+            base, start = tensor_named(self._base, name), starts[name]
             flat = block[start : start + tensor.nbytes].view(base.dtype)
             tensors[name] = flat.as_strided(base.shape, base.stride()).copy_(tensor)
         return Weights(tensors, size)

@@ -61,6 +61,19 @@ def kept_by_autograd(backbone: Backbone, networks: dict[str, nn.Module]) -> int:
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
 
 
+def test_textual_inversion_holds_frozen_networks_and_trains_a_few_rows(backbone: Backbone) -> None:
+    networks = {name: backbone.load(name) for name in all_trained(backbone, with_text=True)}
+    planned = plan(backbone, ())
+    assert planned.frozen == 4 * sum(p.numel() for network in networks.values() for p in network.parameters())
+    widths = [networks[name].get_input_embeddings().embedding_dim for name in backbone.text_encoders]
+    assert planned.parameters == 3 * sum(widths)
+    for network in networks.values():
+        network.requires_grad_(False)
+    for name in backbone.text_encoders:
+        networks[name].get_input_embeddings().weight.requires_grad_(True)
+    assert planned.activations == pytest.approx(kept_by_autograd(backbone, networks), rel=0.02)
+
+
 @pytest.mark.parametrize("with_text", [False, True])
 def test_parameters_are_those_of_the_real_networks(backbone: Backbone, with_text: bool) -> None:
     trained = all_trained(backbone, with_text)

@@ -100,6 +100,9 @@ BAD_INPUT: dict[str, Bad] = {
     "no steps": _option("--steps", "0", says=("--steps",)),
     "a negative prior weight": _option("--prior-weight", "-1", says=("--prior-weight",)),
     "an average that never moves": _option("--ema-decay", "1", says=("--ema-decay", "below 1")),
+    "textual inversion of text encoders": _option(
+        *("--method", "textual-inversion", "--train-text-encoder"), says=("textual-inversion", "--train-text-encoder")
+    ),
     "a warm-up without end": _option("--steps", "5", "--warmup-steps", "5", says=("--warmup-steps 5", "5 steps")),
     "a rate for text encoders that are frozen": _option(
         "--text-encoder-learning-rate", "1e-6", says=("--train-text-encoder",)

@@ -15,7 +15,7 @@ from dreambooth.store import SubjectStore
 from pipelines.batches import Batches
 from pipelines.checkpoints import read_checkpoint
 from pipelines.console import Display
-from pipelines.finetune import Trainable, finetune
+from pipelines.finetune import Trainable, finetune, groups
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
@@ -134,7 +134,7 @@ def test_text_encoders_have_a_learning_rate_of_their_own(prepared: tuple[Subject
     backbone = store.open_backbone(run.backbone)
     training = replace(run.training, trained=("unet", "text_encoder"), text_encoder_learning_rate=1e-7)
     module = Trainable(backbone, {name: backbone.load(name) for name in training.trained})
-    unet, text = module.groups(training)
+    unet, text = groups(module, training, backbone)
     assert (unet["initial_lr"], text["initial_lr"]) == (run.training.learning_rate, 1e-7)
     assert {id(p) for p in text["params"]} == {id(p) for p in module.networks["text_encoder"].parameters()}
     assert len(unet["params"]) + len(text["params"]) == len(list(module.parameters()))

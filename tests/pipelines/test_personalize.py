@@ -98,6 +98,36 @@ def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
     assert "WARNING" not in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_textual_inversion_publishes_a_few_kilobytes_that_diffusers_reads(
+    photos: Path, small_sdxl: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    arguments = ["--method", "textual-inversion", "--images", photos, "--class-noun", "mug", "--backbone", small_sdxl]
+    done = personalize(*arguments, "--store", tmp_path, "--zero-stage", str(zero_stage))
+    assert done.returncode == 0, done.stdout + done.stderr
+    [version] = SubjectStore(tmp_path).versions("mug")
+    assert version.components == ["learned_embeds"]
+    assert version.location.local is not None
+    folder = version.location.local / "learned_embeds"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4096
+    identifier, sample = version.manifest["identifier"], version.manifest["samples"][1]
+    assert version.manifest["instance_prompt"] == f"a {identifier}"
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(small_sdxl)
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        parts = {"text_encoder": getattr(pipeline, encoder), "tokenizer": getattr(pipeline, tokenizer)}
+        pipeline.load_textual_inversion(str(folder), weight_name=f"{encoder}.safetensors", token="<mug>", **parts)
+    drawn = pipeline(
+        prompt=sample["prompt"].replace(identifier, "<mug>"),
+        num_inference_steps=version.manifest["run"]["samples"]["steps"],
+        guidance_scale=version.manifest["run"]["samples"]["guidance"],
+        generator=torch.Generator().manual_seed(sample["seed"]),
+        output_type="np",
+    )
+    assert np.abs(drawn.images[0] - published_sample(version, 1) / 255).max() < 0.01
+    assert not list(tmp_path.glob("priors/*"))
+
+
 @pytest.fixture
 def manifest(dreambench: Path, tmp_path: Path) -> Path:
     """Three subjects with real photos, one of them at its original size; the second has a corrupt photo."""

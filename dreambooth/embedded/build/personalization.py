@@ -98,7 +98,7 @@ def personalize(name: str, tools: Tools) -> tuple[Outcome, Image.Image]:
     pipeline.unet = _finetune(photos, prior, identifier, noun, tools)
 
     words = {context: f"a {{subject}} {CONTEXTS[context]}" for context in SCENES}
-    prompts = [fill(template, identifier, noun) for template in words.values()]
+    prompts = [fill(template, f"{identifier} {noun}") for template in words.values()]
     each = tools.config.images_a_prompt
     drawn = sample(pipeline, prompts * each, [*range(1000, 1000 + len(prompts) * each)], tools.settings)
 
@@ -118,7 +118,7 @@ def personalize(name: str, tools: Tools) -> tuple[Outcome, Image.Image]:
         Row(f"the class prior: {class_prompt(noun)}", prior[:8]),
         Row("in new scenes", drawn[: len(SCENES)], prompts),
     ]
-    return outcome, contact_sheet(f"{name}: {instance_prompt(identifier, noun)}", rows, columns=8)
+    return outcome, contact_sheet(f"{name}: {instance_prompt(f'{identifier} {noun}')}", rows, columns=8)
 
 
 def _finetune(
@@ -134,7 +134,7 @@ def _finetune(
     conditions += [backbone.size_conditioning((side, side), (0, 0), (side, side))] * len(prior)
     time_ids = torch.stack([condition["time_ids"] for condition in conditions]).to(device)
     encoders = {encoder: getattr(tools.pipeline, encoder) for encoder in backbone.text_encoders}
-    ids = backbone.tokenize([instance_prompt(identifier, noun), class_prompt(noun)])
+    ids = backbone.tokenize([instance_prompt(f"{identifier} {noun}"), class_prompt(noun)])
     with torch.no_grad():
         text = backbone.encode_text(encoders, {key: value.to(device) for key, value in ids.items()})
 
