@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dreambooth.storage import Location
 
 
 def write_checkpoint(folder: Path, state: Iterable[tuple[str, Tensor]], step: int, rank: int, world: int) -> None:
@@ -20,6 +23,13 @@ def write_checkpoint(folder: Path, state: Iterable[tuple[str, Tensor]], step: in
     save_file(share, folder / f"state-{rank:05d}-of-{world:05d}.safetensors")
     if rank == 0:
         (folder / "checkpoint.json").write_text(json.dumps({"step": step, "files": world}))
+
+
+def fetch_checkpoint(checkpoint: Location) -> tuple[int, dict[str, Tensor]]:
+    """The step and the whole state of a checkpoint in a store, on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.download(Path(folder))
+        return read_checkpoint(Path(folder))
 
 
 def read_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]]:

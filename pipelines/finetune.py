@@ -37,6 +37,7 @@ from pipelines import training_set
 from pipelines.batches import Batches
 from pipelines.checkpoints import read_checkpoint, write_checkpoint
 from pipelines.console import Display, Stage
+from pipelines.previews import Previews
 from pipelines.run import Run, Training
 from pipelines.training_log import TrainingLog
 
@@ -227,8 +228,13 @@ def result_of(store: SubjectStore, run: Run) -> Location:
     return store.root / "runs" / run.key / "trained.json"
 
 
-def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Display) -> Location:
-    """Train a run to its last step, from its last checkpoint if it was killed; returns the final checkpoint."""
+def finetune(
+    store: SubjectStore, run: Run, checkpoint_every: int, display: Display, previews: bool = False
+) -> Location:
+    """Train a run to its last step, from its last checkpoint if it was killed; returns the final checkpoint.
+
+    With `previews`, an actor of its own draws samples of each checkpoint if the cluster has room for it.
+    """
     marker = result_of(store, run)
     if marker.exists():
         with display.stage("fine-tune", run.training.steps, "steps", done=run.training.steps):
@@ -260,15 +266,17 @@ def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Disp
             failure_config=FailureConfig(max_failures=_RETRIES),
         ),
     )
-    with display.stage("fine-tune", run.training.steps, "steps") as stage, _watching(log, stage, folder):
-        result = trainer.fit()
+    with display.stage("fine-tune", run.training.steps, "steps") as stage:
+        artist = Previews(store, run, display) if previews else None
+        with _watching(log, stage, folder, artist):
+            result = trainer.fit()
     checkpoint = folder / "finetune" / Path(result.checkpoint.path).name
     marker.write_json({"checkpoint": f"finetune/{checkpoint.name}"})
     return checkpoint
 
 
 @contextmanager
-def _watching(log: Any, stage: Stage, folder: Location) -> Iterator[None]:
+def _watching(log: Any, stage: Stage, folder: Location, previews: Previews | None) -> Iterator[None]:
     """Show the losses and write all measures as TensorBoard events beside the run, while the block trains."""
     done = threading.Event()
     events = Path(tempfile.mkdtemp(prefix="tensorboard-"))
@@ -280,6 +288,8 @@ def _watching(log: Any, stage: Stage, folder: Location) -> Iterator[None]:
                 writer.add_scalar(name, value, step)
             instance, prior = measures["loss/instance"], measures["loss/prior"]
             stage.reach(step, note=f"loss: instance {instance:.4f}, prior {prior:.4f}")
+        if previews is not None:
+            previews.take(writer)
 
     def watch() -> None:
         while not done.wait(0.5):
@@ -293,6 +303,8 @@ def _watching(log: Any, stage: Stage, folder: Location) -> Iterator[None]:
         done.set()
         thread.join()
         take()
+        if previews is not None:
+            previews.close()
         writer.close()
         (folder / "tensorboard").upload(events)
         shutil.rmtree(events)

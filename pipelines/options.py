@@ -110,6 +110,8 @@ class TrainingOptions:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_every: int = 100
     """Steps between checkpoints, from which a killed run goes on."""
+    previews: bool = False
+    """Draw the sample prompts with each checkpoint, beside the training and if the cluster has a worker to spare."""
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,11 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
             run = planned.run
             display.say(f"{run.subject}: {run.instance_prompt!r}, version {run.version}")
             try:
-                every = plan.options.training.checkpoint_every
-                checkpoints = [finetune(store, stage, every, display) for stage in run.stages]
+                chosen = plan.options.training
+                checkpoints = [
+                    finetune(store, stage, chosen.checkpoint_every, display, chosen.previews and stage.draws_alone)
+                    for stage in run.stages
+                ]
                 version = publish(store, planned, checkpoints, display)
             except Exception as error:  # whatever it is, it must not take the other subjects down
                 traceback.print_exc()

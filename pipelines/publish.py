@@ -8,26 +8,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from dreambooth.backbones import Backbone
 from dreambooth.contact_sheet import Row, contact_sheet
 from dreambooth.prior_set import PriorSet
-from dreambooth.sampling import DTYPES, load_pipeline, sample
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore, Version
 from dreambooth.subject import Subject, read_image
-from dreambooth.textual_inversion import LEARNED_EMBEDS, LearnedEmbeds
-from pipelines.checkpoints import read_checkpoint
+from pipelines.checkpoints import fetch_checkpoint
 from pipelines.console import Display, Stage
 from pipelines.run import PlannedSubject, Run
+from pipelines.trained import TrainedStage
 
 _PRIORS_SHOWN = 6
 _SUPER_RESOLUTION = "super_resolution"
@@ -54,47 +51,15 @@ def _publish(publisher: Any, planned: PlannedSubject, stage: Stage) -> Version:
     return version
 
 
-class _TrainedStage:
-    """A stage of the run: its trained parts as they are published, and the pipeline that draws with them."""
-
-    def __init__(self, store: SubjectStore, run: Run, checkpoint: Location) -> None:
-        self._run = run
-        self.backbone = store.open_backbone(run.backbone)
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.download(Path(folder))
-            _, state = read_checkpoint(Path(folder))
-        dtype = DTYPES[run.training.precision]
-        self.parts: dict[str, Any]
-        if run.training.method == "textual-inversion":
-            embeds = learned_embeds(self.backbone, run.identifier, state)
-            replaced = {name: self.backbone.load(name, dtype) for name in self.backbone.text_encoders}
-            embeds.write_into(replaced)
-            self.parts = {LEARNED_EMBEDS: embeds}
-        else:
-            networks = {name: trained_network(self.backbone, name, state, dtype) for name in run.training.trained}
-            self.parts = replaced = networks | self.backbone.trained_parts()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._pipeline = load_pipeline(self.backbone, run.samples, device, replaced)
-
-    def draw(self, prompt: str, seed: int, small: Sequence[Image.Image]) -> list[Image.Image]:
-        """The image of a prompt; a super-resolution stage enlarges the image that the stage before has drawn."""
-        low = self._run.training.low_resolution
-        options = {} if low is None else {"noise_level": low.noise_level}
-        return sample(self._pipeline, [prompt], [seed], self._run.samples, small, **options)
-
-    def save(self, folder: Path) -> None:
-        """Write the trained parts, each to a folder of its name."""
-        self._pipeline.to("cpu")
-        for name, part in self.parts.items():
-            part.save_pretrained(folder / name)
-
-
 class _Publisher:
     """An actor on a worker's resources: it holds the trained pipelines, draws, and publishes."""
 
     def __init__(self, store_uri: str, run: Run, checkpoints: Sequence[Location]) -> None:
         self._store, self._run = SubjectStore(store_uri), run
-        self._stages = [_TrainedStage(self._store, *stage) for stage in zip(run.stages, checkpoints, strict=True)]
+        self._stages = [
+            TrainedStage(self._store, stage, fetch_checkpoint(checkpoint)[1])
+            for stage, checkpoint in zip(run.stages, checkpoints, strict=True)
+        ]
         self._samples: list[Image.Image] = []
 
     def draw(self, number: int) -> None:
@@ -124,21 +89,6 @@ class _Publisher:
             sheet = make_contact_sheet(self._store, subject, run, self._samples)
             sheet.save(folder / "contact_sheet.png")
             return self._store.publish(run.subject, run.version, folder, manifest, first.parts)
-
-
-def trained_network(backbone: Backbone, component: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A network of the backbone with the parameters of a checkpoint's state, on the CPU in `dtype`."""
-    network = backbone.load(component)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(state[f"param.networks.{component}.{name}"])
-    return network.to(dtype)
-
-
-def learned_embeds(backbone: Backbone, identifier: str, state: Mapping[str, Tensor]) -> LearnedEmbeds:
-    """The embeddings of the identifier that a checkpoint's state holds."""
-    embeds = {name: state[f"param.embeds.{name}"] for name in backbone.text_encoders}
-    return LearnedEmbeds(backbone, identifier, embeds)
 
 
 def lineage(run: Run, backbone: Backbone) -> dict[str, Any]:

@@ -98,6 +98,11 @@ class Run:
         return (self,) if self.super_resolution is None else (self, self.super_resolution)
 
     @property
+    def draws_alone(self) -> bool:
+        """Whether the stage draws from text alone, and does not enlarge what another has drawn."""
+        return self.training.low_resolution is None
+
+    @property
     def phrase(self) -> str:
         """What the subject is called in prompts: [V] [class noun], or by Textual Inversion [V]."""
         return subject_phrase(self.training.method, self.identifier, self.class_noun)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from dreambooth.store import SubjectStore
@@ -127,6 +128,22 @@ def test_the_moving_average_of_the_weights_is_published(
     average = train({"steps": 1, "ema_decay": 0.999}, zero_stage=zero_stage)
     assert largest_difference(average, expected) < (1e-6 if zero_stage == 2 else 2e-4)
     assert largest_difference(average, after) > 1e-4
+
+
+@pytest.mark.slow
+def test_previews_are_drawn_beside_the_training(prepared: tuple[SubjectStore, Run]) -> None:
+    store, base = prepared
+    run = replace(base, training=replace(base.training, steps=400), lane=replace(base.lane, workers=1))
+    location_of(store, run).write_bytes(location_of(store, base).read_bytes())
+    finetune(store, run, checkpoint_every=50, display=Display(), previews=True)
+    folder = (store.root / "runs" / run.key / "previews").local
+    assert folder is not None
+    drawn = sorted(folder.glob("*.png"))
+    assert len(drawn) >= 2
+    assert all(int(path.stem) % 50 == 0 for path in drawn)
+    assert len({path.read_bytes() for path in drawn}) == len(drawn)
+    events = EventAccumulator(str(folder.parent / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in events.Images("samples")] == [int(path.stem) for path in drawn]
 
 
 def test_text_encoders_have_a_learning_rate_of_their_own(prepared: tuple[SubjectStore, Run]) -> None:
