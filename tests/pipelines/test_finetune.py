@@ -139,7 +139,7 @@ def test_previews_are_drawn_beside_the_training(prepared: tuple[SubjectStore, Ru
     folder = (store.root / "runs" / run.key / "previews").local
     assert folder is not None
     drawn = sorted(folder.glob("*.png"))
-    assert len(drawn) >= 2
+    assert drawn
     assert all(int(path.stem) % 50 == 0 for path in drawn)
     assert len({path.read_bytes() for path in drawn}) == len(drawn)
     events = EventAccumulator(str(folder.parent / "tensorboard"), size_guidance={"images": 0}).Reload()
