@@ -8,7 +8,7 @@ import ipaddress
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -18,11 +18,10 @@ from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from dreambooth.prompts import PLACEHOLDER, fill
-from dreambooth.sampling import SamplerSettings
-from dreambooth.store import Version
 from serve import errors
-from serve.catalog import Catalog
+from serve.catalog import Catalog, Entry
 from serve.errors import ApiError
+from serve.files import ImageFiles
 from serve.keys import ANYONE, Key, KeyFolder, KeyRing
 from serve.middleware import BoundedBody, Record
 from serve.order import BadRequest, Drawn, Order
@@ -42,6 +41,8 @@ from serve.shapes import (
 )
 
 _GENERATIONS = "/v1/images/generations"
+_FILES = "/v1/images/files"
+_ERRORS = (400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 504)
 _BODY_BYTES = 2**16
 _BODY_SECONDS = 30.0
 
@@ -55,6 +56,10 @@ class Rules:
 
     keys: KeyFolder | None
     """Who may ask; without keys, all clients on this machine and no others."""
+    files: ImageFiles
+    """Where images wait that are asked for by URL."""
+    public_url: str | None = None
+    """Where clients reach the server; by default as each request named it."""
     deadline: float = 300.0
     """Seconds that a request may take."""
     log_prompts: bool = False
@@ -62,9 +67,19 @@ class Rules:
 
 def create_api(catalog: Catalog, draw: Draw, rules: Rules) -> FastAPI:
     """The application: `catalog` knows the models, `draw` makes the images."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        clearing = asyncio.create_task(rules.files.keep_clear())
+        yield
+        clearing.cancel()
+
     api = FastAPI(
         title="DreamBooth",
-        responses={status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 504)},
+        lifespan=lifespan,
+        responses={
+            status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 504)
+        },
     )
     ring = KeyRing(rules.keys.folder) if rules.keys else None
     api.state.ring = ring
@@ -72,11 +87,11 @@ def create_api(catalog: Catalog, draw: Draw, rules: Rules) -> FastAPI:
     api.add_middleware(BoundedBody, most_bytes=_BODY_BYTES, seconds=_BODY_SECONDS)
     api.add_middleware(Record, path=_GENERATIONS)
 
-    async def find(model: str, key: Key) -> Version:
-        version = await catalog.find(model)
-        if version is None or not key.sees(version.subject):
+    async def find(model: str, key: Key) -> Entry:
+        entry = await catalog.find(model)
+        if entry is None or not key.sees(entry.subject):
             raise ApiError(404, f"the model {model!r} does not exist", "model", "model_not_found")
-        return version
+        return entry
 
     @api.post(
         _GENERATIONS,
@@ -89,34 +104,50 @@ def create_api(catalog: Catalog, draw: Draw, rules: Rules) -> FastAPI:
         request.state.record.update(model=body.model, n=body.n, tenant=key.tenant, key=key.id)
         if rules.log_prompts:
             request.state.record.update(prompt=body.prompt, negative_prompt=body.negative_prompt)
-        version = await find(body.model, key)
-        order = make_order(body, version)
+        entry = await find(body.model, key)
+        order = make_order(body, entry)
         admit(order, key, ring)
         seconds = min(body.deadline or rules.deadline, rules.deadline)
-        images = until(started + seconds, seconds, draw(version.manifest["backbone"]["hash"], order))
-        named = version.manifest["identifier"] in order.prompt
+        images = until(started + seconds, seconds, draw(entry.backbone, order))
+        named = entry.identifier in order.prompt
         warning = None if named else f"the prompt does not name the subject: write {PLACEHOLDER} where it belongs"
         if body.stream:
             first = await anext(images)  # what fails before this has a status of its own
             return StreamingResponse(events(order, first, images, warning), media_type="text/event-stream")
-        drawn = [image async for image in images]
+        drawn = sorted([image async for image in images], key=lambda image: image.number)
+        if body.response_format == "url":
+            base = (rules.public_url or str(request.base_url)).rstrip("/")
+            names = await asyncio.gather(*(asyncio.to_thread(rules.files.add, image.png) for image in drawn))
+            places = [{"url": f"{base}{_FILES}/{name}"} for name in names]
+        else:
+            places = [{"b64_json": base64.b64encode(image.png).decode()} for image in drawn]
         return ImagesResponse(
             created=int(time.time()),
             model=order.model,
-            version=version.id,
+            version=entry.version,
             size=f"{order.width}x{order.height}",
             data=[
-                GeneratedImage(
-                    b64_json=base64.b64encode(image.png).decode(),
-                    revised_prompt=order.prompt,
-                    seed=order.seeds[image.number],
-                    batch=image.batch,
-                )
-                for image in sorted(drawn, key=lambda image: image.number)
+                GeneratedImage(**place, revised_prompt=order.prompt, seed=order.seeds[image.number], batch=image.batch)
+                for place, image in zip(places, drawn, strict=True)
             ],
             seconds=round(time.monotonic() - started, 4),
             warning=warning,
         )
+
+    @api.get(
+        f"{_FILES}/{{name}}",
+        dependencies=[Depends(_check_reach)],
+        response_class=Response,
+        responses={200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}},
+    )
+    async def fetch_image(name: str) -> Response:
+        """Fetch an image that was asked for with `response_format: url`: its name is all the right that it takes."""
+        expires = rules.files.expires(name)
+        image = await asyncio.to_thread(rules.files.read, name)
+        if expires is None or image is None:
+            raise ApiError(404, "there is no such image, or no longer", "name", "image_not_found")
+        headers = {"Cache-Control": f"private, max-age={max(0, expires - int(time.time()))}, immutable"}
+        return Response(image, media_type="image/png", headers=headers)
 
     @api.get("/v1/models")
     async def list_models(key: Holder) -> ModelList:
@@ -125,14 +156,14 @@ def create_api(catalog: Catalog, draw: Draw, rules: Rules) -> FastAPI:
         for subject, published in (await catalog.versions()).items():
             if key.sees(subject):
                 models.append(describe(subject, published[-1]))
-                models += [describe(f"{subject}@{version.id}", version) for version in published]
+                models += [describe(f"{subject}@{entry.version}", entry) for entry in published]
         return ModelList(data=models)
 
     @api.get("/v1/models/{model}")
     async def retrieve_model(model: str, key: Holder) -> ModelDetails:
         """Tell where a subject's newest version, or the version named, comes from."""
-        version = await find(model, key)
-        return ModelDetails(**describe(model, version).model_dump(), lineage=version.manifest)
+        entry = await find(model, key)
+        return ModelDetails(**describe(model, entry).model_dump(), lineage=await catalog.manifest(entry))
 
     if rules.keys is not None:
         _add_key_routes(api, rules.keys)
@@ -159,13 +190,18 @@ def _add_key_routes(api: FastAPI, keys: KeyFolder) -> None:
 _BEARER = HTTPBearer(auto_error=False, description="A key made by `python -m serve.keys make`.")
 
 
+def _check_reach(request: Request) -> None:
+    if request.app.state.ring is None and (request.client is None or not is_loopback(request.client.host)):
+        raise ApiError(403, "this server has no keys, so it answers clients on its own machine only")
+
+
 async def _holder(
-    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
+    _: Annotated[None, Depends(_check_reach)],
 ) -> Key:
     ring: KeyRing | None = request.app.state.ring
     if ring is None:
-        if request.client is None or not is_loopback(request.client.host):
-            raise ApiError(403, "this server has no keys, so it answers clients on its own machine only")
         return ANYONE
     key = await ring.find(credentials.credentials) if credentials else None
     if key is None:
@@ -209,20 +245,25 @@ def is_loopback(host: str) -> bool:
 # -- what is asked and answered ----------------------------------------------------------------------------------------
 
 
-def make_order(body: ImagesRequest, version: Version) -> Order:
+def make_order(body: ImagesRequest, entry: Entry) -> Order:
     """The order for a request: what it leaves open is as in the samples that the version was published with."""
-    samples = SamplerSettings(**version.manifest["run"]["samples"])
+    if entry.unserved is not None:
+        message = f"{entry.subject}@{entry.version} cannot be drawn: {entry.unserved}"
+        raise ApiError(400, message, "model", "model_not_served")
+    samples = entry.samples
     width, height = map(int, body.size.split("x")) if body.size else (samples.resolution, samples.resolution)
     seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
     try:
-        prompt = fill(body.prompt, version.manifest["phrase"])
+        prompt = fill(body.prompt, entry.phrase)
     except ValueError as error:
         raise ApiError(400, f"prompt: {error}", "prompt") from error
+    if body.stream and body.response_format == "url":
+        raise ApiError(400, "response_format: a stream holds its images, as b64_json", "response_format")
     if body.partial_images and not body.stream:
         raise ApiError(400, "partial_images: unfinished images are sent only with stream", "partial_images")
     return Order(
-        subject=version.subject,
-        version=version.id,
+        subject=entry.subject,
+        version=entry.version,
         prompt=prompt,
         negative_prompt=body.negative_prompt,
         width=width,
@@ -258,7 +299,8 @@ async def events(order: Order, first: Drawn, others: AsyncIterator[Drawn], warni
             async for image in others:
                 yield _event(order, image, warning)
         except Exception as error:
-            yield f"event: error\ndata: {errors.as_body(error).model_dump_json()}\n\n"
+            body = errors.as_body(errors.as_http_error(error))
+            yield f"event: error\ndata: {body.model_dump_json()}\n\n"
             if not isinstance(error, ApiError):
                 raise
 
@@ -279,6 +321,7 @@ def _event(order: Order, image: Drawn, warning: str | None) -> str:
     return f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
 
 
-def describe(model: str, version: Version) -> Model:
-    """A version as an entry of the list of models, under the id `model`."""
-    return Model(id=model, created=int(datetime.fromisoformat(version.created).timestamp()), version=version.id)
+def describe(model: str, entry: Entry) -> Model:
+    """A version as one of the list of models, under the id `model`."""
+    created = int(datetime.fromisoformat(entry.created).timestamp())
+    return Model(id=model, created=created, version=entry.version, unserved=entry.unserved)

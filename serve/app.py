@@ -16,10 +16,12 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from dreambooth.store import SubjectStore, Version
+from dreambooth.storage import Location
+from dreambooth.store import SubjectStore
 from serve import errors
 from serve.api import Rules, create_api, is_loopback
 from serve.catalog import Catalog
+from serve.files import ImageFiles
 from serve.keys import folder_of
 from serve.order import Drawn, Order
 from serve.replica import SubjectReplica
@@ -45,12 +47,26 @@ class Arguments(BaseModel):
     without_keys: bool = False
     """Serve whoever is on this machine, without keys, and nobody else."""
 
+    images: str | None = None
+    """Folder or URI for the images that are asked for by URL; by default STORE/images."""
+    image_minutes: float = Field(60.0, gt=0)
+    """Minutes for which such an image can be fetched; then it is removed."""
+    public_url: str | None = Field(None, pattern=r"^https?://[^\s?#]+$")
+    """What those URLs start with, as https://example.org; by default what the client's request was sent to."""
+
+    ingresses: int = Field(1, ge=1)
+    """Processes that take requests and pass them on."""
     replicas: int = Field(1, ge=0)
     """Replicas for each backbone that the store has subjects of; at least so many when `max_replicas` is given."""
     max_replicas: int | None = Field(None, ge=1)
     """Up to so many replicas are started as requests come; `replicas=0` goes down to none when there are none."""
     ongoing_per_replica: float = Field(4.0, gt=0)
     """Requests, drawn and waiting, for which one replica is enough."""
+    idle: float = Field(600.0, ge=0)
+    """Seconds of less load before a replica is stopped."""
+    surge: int = Field(0, ge=0, le=100)
+    """Percent of the replicas that a new deployment starts beside the old ones before it stops any; without devices to
+    spare for them it would wait, so at 0 old ones are stopped first."""
     gpus_per_replica: float = Field(0, ge=0, le=1)
     """GPUs of a replica; 0 draws on the CPU."""
     cpus_per_replica: int = Field(1, ge=1)
@@ -100,8 +116,11 @@ class Ingress:
         """The HTTP API; Ray Serve calls this once in each ingress process."""
         args = self._args
         keys = None if args.without_keys else folder_of(args.store, args.keys)
-        catalog = Catalog(SubjectStore(args.store), self._replicas)
-        return create_api(catalog, self._draw, Rules(keys, args.deadline, args.log_prompts))
+        store = SubjectStore(args.store)
+        images = Location.of(args.images) if args.images else store.root / "images"
+        files = ImageFiles(images, 60 * args.image_minutes)
+        rules = Rules(keys, files, args.public_url, args.deadline, args.log_prompts)
+        return create_api(Catalog(store, self._replicas), self._draw, rules)
 
     async def _draw(self, backbone: str, order: Order) -> AsyncIterator[Drawn]:
         sent = set()
@@ -122,26 +141,37 @@ class Ingress:
                 raise error.cause from None
             except (RayActorError, ReplicaUnavailableError):  # seeds are fixed, so another replica draws the same
                 if not tries_left:
-                    raise
+                    message = f"{_TRIES} replicas were lost with this request: come again later"
+                    raise errors.unavailable(message, "replica_lost", _RETRY_AFTER) from None
 
 
 def app(args: Arguments) -> Application:
     """Build the application; ValueError when there is nothing to serve, or nothing that keeps strangers out."""
     _check_access(args)
     store = SubjectStore(args.store)
-    versions = [version for subject in store.subjects() for version in store.versions(subject)]
-    if not versions:
+    entries = [entry for published in asyncio.run(Catalog(store).versions()).values() for entry in published]
+    if not entries:
         raise ValueError(f"store {store.root} holds no published version: make one with pipelines/personalize.py")
-    names = {name for one in versions for name in (one.subject, f"{one.subject}@{one.id}")}
+    served = [entry for entry in entries if entry.unserved is None]
+    if not served:
+        first = entries[0]
+        raise ValueError(f"nothing in {store.root} can be served: {first.subject}@{first.version}: {first.unserved}")
+    names = {name for one in served for name in (one.subject, f"{one.subject}@{one.version}")}
     if unknown := sorted(set(args.keep) - names):
-        raise ValueError(f"keep names {', '.join(unknown)}, which {store.root} does not hold")
+        raise ValueError(f"keep names {', '.join(unknown)}, which {store.root} does not hold or cannot be served")
     logging = LoggingConfig(encoding="JSON")
     ingress = serve.deployment(
-        serve.ingress()(Ingress), max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, logging_config=logging
+        serve.ingress()(Ingress),
+        num_replicas=args.ingresses,
+        max_ongoing_requests=1000,
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=args.deadline,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=logging,
     )
     args = args.model_copy(update={"store": store.root.uri})
     replica = serve.deployment(SubjectReplica, **deployment_options(args), logging_config=logging)
-    return ingress.bind(args, _bind_replicas(args, replica, versions))
+    return ingress.bind(args, _bind_replicas(args, replica, {entry.backbone for entry in served}))
 
 
 def _check_access(args: Arguments) -> None:
@@ -170,6 +200,7 @@ def deployment_options(args: Arguments) -> dict[str, Any]:
             min_replicas=args.replicas,
             max_replicas=args.max_replicas,
             target_ongoing_requests=args.ongoing_per_replica,
+            downscale_delay_s=args.idle,
         )
         number = {"autoscaling_config": autoscaling}
     return {
@@ -178,6 +209,7 @@ def deployment_options(args: Arguments) -> dict[str, Any]:
         "max_queued_requests": args.queue,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=_RETRY_AFTER),
         "graceful_shutdown_timeout_s": args.deadline,
+        "max_surge_percent": args.surge,
         "request_router_config": RequestRouterConfig(
             request_router_class="serve.router:SubjectRouter", request_router_kwargs={"escape": args.escape}
         ),
@@ -185,7 +217,7 @@ def deployment_options(args: Arguments) -> dict[str, Any]:
     }
 
 
-def _bind_replicas(args: Arguments, replica: Any, versions: list[Version]) -> dict[str, Any]:
+def _bind_replicas(args: Arguments, replica: Any, backbones: set[str]) -> dict[str, Any]:
     on_gpu = args.gpus_per_replica > 0
     return {
         backbone: replica.options(name=f"subjects-{backbone[:12]}").bind(
@@ -201,5 +233,5 @@ def _bind_replicas(args: Arguments, replica: Any, versions: list[Version]) -> di
             keep=args.keep,
             wedged_after=args.wedged_after,
         )
-        for backbone in sorted({version.manifest["backbone"]["hash"] for version in versions})
+        for backbone in sorted(backbones)
     }

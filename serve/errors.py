@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,8 @@ from starlette.exceptions import HTTPException
 
 from serve.shapes import Error, ErrorResponse
 
+_RETRY_AFTER = 10.0
+_LOG = logging.getLogger("ray.serve")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -35,16 +38,29 @@ def too_many(message: str, code: str, seconds: float) -> ApiError:
     return ApiError(429, message, code=code, headers={"Retry-After": str(max(1, round(seconds)))})
 
 
-def as_body(error: Exception) -> ErrorResponse:
-    """An error in OpenAI's shape; what is no ApiError tells the client nothing but that it happened."""
-    if not isinstance(error, HTTPException):
-        return _body(500, "the server failed to answer; its log says why")
+def unavailable(message: str, code: str, seconds: float) -> ApiError:
+    """A 503 that says after how many seconds to come again."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(max(1, round(seconds)))})
+
+
+def as_http_error(error: Exception) -> HTTPException:
+    """The error to answer with; but for the store's absence, it tells the client nothing but that something failed."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, OSError):
+        return unavailable("the subject store cannot be read: come again later", "store_unavailable", _RETRY_AFTER)
+    return ApiError(500, "the server failed to answer; its log says why")
+
+
+def as_body(error: HTTPException) -> ErrorResponse:
+    """An error in OpenAI's shape."""
     return _body(error.status_code, error.detail, getattr(error, "param", None), getattr(error, "code", None))
 
 
 def add_handlers(api: FastAPI) -> None:
     """Let the application answer errors so."""
     api.add_exception_handler(HTTPException, _answer_http_error)
+    api.add_exception_handler(OSError, _answer_lost_store)
     api.add_exception_handler(RequestValidationError, _answer_invalid_request)
     api.add_exception_handler(Exception, _answer_failure)
 
@@ -74,5 +90,12 @@ async def _answer_invalid_request(_: Request, error: Exception) -> JSONResponse:
     return _answer(422, _body(422, f"{param}: {first['msg']}", param, first["type"]))
 
 
+async def _answer_lost_store(_: Request, error: Exception) -> JSONResponse:
+    _LOG.error("the subject store cannot be read", exc_info=error)
+    answer = as_http_error(error)
+    return _answer(answer.status_code, as_body(answer), answer.headers)
+
+
 async def _answer_failure(_: Request, error: Exception) -> JSONResponse:
-    return _answer(500, as_body(error))
+    answer = as_http_error(error)
+    return _answer(answer.status_code, as_body(answer))

@@ -86,14 +86,13 @@ class KeyRing:
 
     def __init__(self, folder: Location, clock: Callable[[], float] = time.monotonic) -> None:
         """Nothing is read before the first question."""
-        self._index = Index(folder, r"[0-9a-f]{64}\.json")
+        self._index = Index(folder, r"[0-9a-f]{64}\.json", _parse)
         self._clock = clock
         self._spent: dict[str, tuple[float, float]] = {}
 
     async def find(self, secret: str) -> Key | None:
         """What the key may do, or None when it was never made or is revoked."""
-        entry = (await self._index.entries()).get(f"{_hash(secret)}.json")
-        return _parse(entry) if entry is not None else None
+        return (await self._index.entries()).get(f"{_hash(secret)}.json")
 
     def spend(self, key: Key, images: int) -> float:
         """Count images against the key's rate; 0 when it allows them, or else in how many seconds it will.

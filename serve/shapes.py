@@ -16,13 +16,17 @@ class ImagesRequest(BaseModel):
 
     model: str = Field(max_length=200, description="A subject, for its newest version, or `subject@version`.")
     prompt: str = Field(
-        min_length=1, max_length=4000, description="`{subject}` in it stands for the identifier and class noun."
+        min_length=1,
+        max_length=4000,
+        description="`{subject}` in it stands for what the subject is called.",
     )
     n: int = Field(1, ge=1, le=10, description="Number of images.")
     size: str | None = Field(
         None, pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}$", description="`WIDTHxHEIGHT`; by default as the model was trained."
     )
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="`url` answers with addresses from which the images can be fetched for a while."
+    )
     output_format: Literal["png"] = "png"
     seed: int | None = Field(
         None, ge=0, lt=SEEDS, description="Seed of the first image, each next one's is 1 higher; by default random."
@@ -44,7 +48,8 @@ class ImagesRequest(BaseModel):
 class GeneratedImage(BaseModel):
     """One image; asked for again with its seed and version it comes out the same."""
 
-    b64_json: str = Field(description="A PNG file in base64.")
+    b64_json: str | None = Field(None, description="A PNG file in base64, unless a URL was asked for.")
+    url: str | None = Field(None, description="Where to fetch the PNG file, without a key, for a while.")
     revised_prompt: str = Field(description="The prompt as the model saw it.")
     seed: int
     batch: int = Field(description="How many images were drawn together; in other numbers they may round differently.")
@@ -97,6 +102,7 @@ class Model(BaseModel):
     created: int = Field(description="Unix time of publication.")
     owned_by: str = "dreambooth"
     version: str = Field(description="For a subject, its newest.")
+    unserved: str | None = Field(None, description="Why no images of it can be drawn; null when they can.")
 
 
 class ModelList(BaseModel):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import os
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -25,7 +28,11 @@ from serve import metrics
 from serve.skeleton import tensor_named
 
 _LOADS_AT_ONCE = 4
+_PATIENCE_SECONDS = 60.0
 _ALIGNMENT = 64
+_LOG = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,11 @@ class DiskTier:
         self._store, self._folder, self._budget = store, folder, budget
 
     def version(self, subject: str, version: str) -> Version:
-        """A published version; LookupError when there is none."""
+        """A published version, from the disk if it is there; LookupError when there is none."""
+        location = self._store.version_location(subject, version)
+        with contextlib.suppress(FileNotFoundError):
+            manifest = json.loads((self._folder_of(location) / "manifest.json").read_text())
+            return Version(subject, version, location, manifest)
         published = self._store.version(subject, version)
         if published is None:
             raise LookupError(f"{subject}@{version} is not in {self._store.root}")
@@ -58,14 +69,18 @@ class DiskTier:
             yield published.location.local
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        folder = self._folder / f"{published.id}-{digest(published.location.uri, 16)}"
+        folder = self._folder_of(published.location)
         with FileLock(f"{folder}.lock"):
             metrics.reads.inc(tags={"tier": "disk" if folder.exists() else "store"})
             if not folder.exists():
-                self._make_room(sum(entry["size"] for entry in published.manifest["files"].values()))
+                with FileLock(self._folder / "room.lock"):
+                    self._make_room(sum(entry["size"] for entry in published.manifest["files"].values()))
                 self._download(published, folder)
             os.utime(folder)
             yield folder
+
+    def _folder_of(self, location: Location) -> Path:
+        return self._folder / f"{location.name}-{digest(location.uri, 16)}"
 
     def _download(self, published: Version, folder: Path) -> None:
         partial = folder.with_name(f"{folder.name}.partial")
@@ -84,7 +99,10 @@ class DiskTier:
             if total + size <= self._budget:
                 return
             with contextlib.suppress(Timeout), FileLock(f"{folder}.lock", timeout=0):  # locked: a replica reads it
-                shutil.rmtree(folder)
+                partial = folder.with_name(f"{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                folder.rename(partial)  # so that who is killed while removing it leaves no half of it
+                shutil.rmtree(partial)
                 total -= sizes[folder]
 
 
@@ -157,11 +175,11 @@ class HostTier:
         return key in self._held
 
     async def _load(self, key: tuple[str, str]) -> Weights:
-        started, loop = time.perf_counter(), asyncio.get_running_loop()
+        started = time.perf_counter()
         try:
-            published = await loop.run_in_executor(self._threads, self._disk.version, *key)
+            published = await self._patiently(self._disk.version, *key)
             await self._wait_for_room(key, self._most_bytes(published))
-            weights = await loop.run_in_executor(self._threads, self._read, published)
+            weights = await self._patiently(self._read, published)
         except BaseException:
             del self._held[key]
             self._changed.set()
@@ -171,6 +189,21 @@ class HostTier:
         self._changed.set()
         metrics.seconds.observe(time.perf_counter() - started, tags={"stage": "load"})
         return weights
+
+    async def _patiently(self, read: Callable[..., T], *args: Any) -> T:
+        """What `read` gives in a thread; tried again for a while when the store cannot be reached."""
+        end, pause = time.monotonic() + _PATIENCE_SECONDS, 0.5
+        while True:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, read, *args)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if time.monotonic() + pause > end:
+                    raise
+                _LOG.warning(f"cannot read the store, trying again in {pause:g} s: {error}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
 
     async def _wait_for_room(self, key: tuple[str, str], size: int) -> None:
         while not self._shrink(size) and any(held.bytes and held.busy for held in self._held.values()):
@@ -206,8 +239,12 @@ class HostTier:
                         for token, row in zip(token_ids, rows, strict=True):
                             self._take(found, f"{component}.{encoder}[{token}]", row, published)
                     continue
-                for path in sorted((folder / component).glob("*.safetensors")):
-                    with safe_open(path, "pt") as file:
+                files = [name for name in published.manifest["files"] if name.startswith(f"{component}/")]
+                weights = [name for name in files if name.endswith(".safetensors")]
+                if not weights:
+                    raise ValueError(f"{published.subject}@{published.id} holds no {component}/*.safetensors")
+                for path in weights:
+                    with safe_open(folder / path, "pt") as file:
                         for name in file.keys():  # noqa: SIM118, it is no dictionary
                             self._take(found, f"{component}.{name}", file.get_tensor(name), published)
             return self._pack(found)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
+from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
 from serve.api import Rules, create_api, is_loopback
 from serve.catalog import Catalog
+from serve.files import ImageFiles
 from serve.order import Drawn, Order
 from tests.serve.published import MUG, publish_all
 
 GENERATIONS = "/v1/images/generations"
-OPEN = Rules(keys=None)
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Rules:
+    """Without keys."""
+    return Rules(keys=None, files=ImageFiles(Location.of(tmp_path_factory.mktemp("images")), 60))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +39,7 @@ async def no_draw(backbone: str, order: Order) -> AsyncIterator[Drawn]:
     yield
 
 
-def test_only_what_is_valid_reaches_a_replica(catalog: Catalog) -> None:
+def test_only_what_is_valid_reaches_a_replica(catalog: Catalog, rules: Rules) -> None:
     orders: list[Order] = []
 
     async def draw(backbone: str, order: Order) -> AsyncIterator[Drawn]:
@@ -38,7 +47,7 @@ def test_only_what_is_valid_reaches_a_replica(catalog: Catalog) -> None:
         for number in range(len(order.seeds)):
             yield Drawn(number, b"png", None, 1)
 
-    client = TestClient(create_api(catalog, draw, OPEN), client=("127.0.0.1", 1))
+    client = TestClient(create_api(catalog, draw, rules), client=("127.0.0.1", 1))
     for body in ({"model": "cat"}, {"model": "mug", "n": 0}, {"model": "mug", "prompt": "a {cat}"}):
         assert client.post(GENERATIONS, json={"prompt": "a {subject}", **body}).is_client_error
     assert orders == []
@@ -49,12 +58,12 @@ def test_only_what_is_valid_reaches_a_replica(catalog: Catalog) -> None:
     assert orders == [Order(subject, version, "a sks mug", None, 32, 32, 3, 4.0, seeds=(2**32 - 1, 0))]
 
 
-def test_a_failure_is_an_error_in_the_same_shape(catalog: Catalog) -> None:
+def test_a_failure_is_an_error_in_the_same_shape(catalog: Catalog, rules: Rules) -> None:
     async def draw(backbone: str, order: Order) -> AsyncIterator[Drawn]:
         raise RuntimeError("a secret of the server")
         yield
 
-    client = TestClient(create_api(catalog, draw, OPEN), client=("127.0.0.1", 1), raise_server_exceptions=False)
+    client = TestClient(create_api(catalog, draw, rules), client=("127.0.0.1", 1), raise_server_exceptions=False)
     answer = client.post(GENERATIONS, json={"model": "mug", "prompt": "a {subject}"})
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "server_error"
@@ -62,10 +71,87 @@ def test_a_failure_is_an_error_in_the_same_shape(catalog: Catalog) -> None:
 
 
 @pytest.mark.parametrize(("host", "status"), [("127.0.0.1", 200), ("::1", 200), ("10.0.0.7", 403), ("fe80::1", 403)])
-def test_clients_on_other_machines_are_refused(catalog: Catalog, host: str, status: int) -> None:
-    answer = TestClient(create_api(catalog, no_draw, OPEN), client=(host, 1)).get("/v1/models")
+def test_clients_on_other_machines_are_refused(catalog: Catalog, rules: Rules, host: str, status: int) -> None:
+    answer = TestClient(create_api(catalog, no_draw, rules), client=(host, 1)).get("/v1/models")
     assert answer.status_code == status
     assert ("error" in answer.json()) == (status == 403)
+
+
+async def draw_anything(backbone: str, order: Order) -> AsyncIterator[Drawn]:
+    for number in reversed(range(len(order.seeds))):
+        yield Drawn(number, f"png {number}".encode(), None, 1)
+
+
+def test_images_can_be_fetched_by_url_until_their_time_is_over(catalog: Catalog, tmp_path: Path) -> None:
+    now = 1_700_000_000.0
+    folder = Location.of(tmp_path / "images")
+    files = ImageFiles(folder, 60, lambda: now)
+    client = TestClient(create_api(catalog, draw_anything, Rules(None, files)), client=("127.0.0.1", 1))
+    body = {"model": "mug", "prompt": "a {subject}", "n": 2, "response_format": "url"}
+    images = client.post(GENERATIONS, json=body).json()["data"]
+    assert all(image["url"].startswith("http://testserver/v1/images/files/") for image in images)
+    assert [image["b64_json"] for image in images] == [None, None]
+    answers = [client.get(image["url"]) for image in images]
+    assert [(answer.status_code, answer.content) for answer in answers] == [(200, b"png 0"), (200, b"png 1")]
+    assert answers[0].headers["content-type"] == "image/png"
+    now += 61
+    assert [client.get(image["url"]).status_code for image in images] == [404, 404]
+    assert (files.clear(), folder.names()) == (2, [])
+
+
+def test_images_are_cleared_while_the_server_runs(catalog: Catalog, tmp_path: Path) -> None:
+    folder = Location.of(tmp_path / "images")
+    files = ImageFiles(folder, 0.3)
+    with TestClient(create_api(catalog, draw_anything, Rules(None, files)), client=("127.0.0.1", 1)):
+        files.add(b"png")
+        end = time.monotonic() + 10
+        while folder.names() and time.monotonic() < end:
+            time.sleep(0.05)
+    assert folder.names() == []
+
+
+def test_urls_begin_with_the_public_one(catalog: Catalog, rules: Rules) -> None:
+    public = replace(rules, public_url="https://example.org/images/")
+    client = TestClient(create_api(catalog, draw_anything, public), client=("127.0.0.1", 1))
+    body = {"model": "mug", "prompt": "a {subject}", "response_format": "url"}
+    [image] = client.post(GENERATIONS, json=body).json()["data"]
+    assert image["url"].startswith("https://example.org/images/v1/images/files/")
+    answer = client.post(GENERATIONS, json={**body, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
+
+
+@pytest.mark.parametrize("name", ["cat", "%2e%2e%2fkeys", "1700000000-" + "a" * 43 + ".png"])
+def test_images_that_are_not_there_are_not_found(catalog: Catalog, rules: Rules, name: str) -> None:
+    client = TestClient(create_api(catalog, no_draw, rules), client=("127.0.0.1", 1))
+    answer = client.get(f"/v1/images/files/{name}")
+    assert (answer.status_code, "error" in answer.json()) == (404, True)
+
+
+def test_a_version_that_cannot_be_served_is_refused_with_the_reason(
+    small_sdxl: Path, tmp_path: Path, rules: Rules
+) -> None:
+    store = SubjectStore(tmp_path)
+    [old, *_] = publish_all(store, small_sdxl)
+    manifest = {**old.manifest, "subject": "cup", "components": ["learned_embeds"]}
+    (store.version_location("cup", old.id) / "manifest.json").write_json(manifest)
+    client = TestClient(create_api(Catalog(store), no_draw, rules), client=("127.0.0.1", 1))
+    for model in ("cup", f"cup@{old.id}"):
+        answer = client.post(GENERATIONS, json={"model": model, "prompt": "a {subject}"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_not_served")
+        assert "learned_embeds" in answer.json()["error"]["message"]
+    assert "learned_embeds" in client.get("/v1/models/cup").json()["unserved"]
+
+
+def test_a_store_that_cannot_be_read_is_a_503(catalog: Catalog, rules: Rules, tmp_path: Path) -> None:
+    async def draw(backbone: str, order: Order) -> AsyncIterator[Drawn]:
+        raise OSError("connection refused by a secret host")
+        yield
+
+    client = TestClient(create_api(catalog, draw, rules), client=("127.0.0.1", 1))
+    answer = client.post(GENERATIONS, json={"model": "mug", "prompt": "a {subject}"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+    assert int(answer.headers["Retry-After"]) > 0
+    assert "secret" not in answer.text
 
 
 def test_loopback_hosts() -> None:

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import socket
 import time
 import urllib.error
@@ -30,6 +31,7 @@ from transformers import CLIPTextModel
 from dreambooth.store import SubjectStore
 from serve.app import Arguments, app, deployment_options
 from serve.keys import KeyFolder
+from tests.conftest import ROOT
 from tests.serve.published import CHANGED, DOG, MUG, OLD_MUG, publish_all
 
 KINDS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
@@ -182,7 +184,7 @@ def test_a_version_published_later_is_served(server: Server, tmp_path: Path) -> 
     published = server.store.version(*DOG)
     assert published is not None
     assert server.generate(model="late")[0] == 404
-    lineage = {key: published.manifest[key] for key in ("class_noun", "identifier", "backbone", "run")}
+    lineage = {key: published.manifest[key] for key in ("class_noun", "identifier", "phrase", "backbone", "run")}
     server.store.publish("late", "4" * 12, server.store.local_version(published), lineage, published.components)
     wait_until(lambda: server.generate(model="late")[0] == 200)
 
@@ -220,7 +222,7 @@ def test_what_the_model_cannot_draw_is_a_bad_request(server: Server, body: dict[
     ("field", "value"),
     [
         *[("model", None), ("prompt", ""), ("prompt", "a" * 4001), ("prompt", "\ud800"), ("n", 0), ("n", 11)],
-        *[("n", "1"), ("n", True), ("size", "big"), ("response_format", "url"), ("seed", -1), ("seed", 2**32)],
+        *[("n", "1"), ("n", True), ("size", "big"), ("response_format", "uri"), ("seed", -1), ("seed", 2**32)],
         *[("num_inference_steps", 0), ("num_inference_steps", 201), ("guidance_scale", -1), ("negative_prompt", 1)],
         *[("guidance_scale", float("nan")), ("guidance_scale", 51), ("guidence_scale", 5)],
     ],
@@ -246,6 +248,19 @@ def test_the_official_client_works_unchanged(server: Server) -> None:
         client.images.generate(model="mug", prompt="a {subject}", size="33x33")  # type: ignore[call-overload]
     with pytest.raises(AuthenticationError):
         server.client("wrong").models.list()
+
+
+def test_the_official_client_gets_urls(server: Server) -> None:
+    answer = server.client().images.generate(
+        model="mug", prompt="a {subject}", n=2, response_format="url", extra_body={"seed": 3}
+    )
+    assert answer.data is not None
+    same = server.generate(model="mug", prompt="a {subject}", n=2, seed=3)[1]["data"]
+    for image, other in zip(answer.data, same, strict=True):
+        assert image.url is not None
+        with urllib.request.urlopen(image.url, timeout=20) as response:  # without a key
+            assert response.read() == base64.b64decode(other["b64_json"])
+    assert server.ask("/v1/images/files/" + "0" * 30)[0] == 404
 
 
 def test_the_official_client_streams_unfinished_images(server: Server) -> None:
@@ -365,6 +380,10 @@ def test_metrics_are_exported_without_a_label_that_grows(server: Server) -> None
     for stage in ("load", "wait", "swap", "sample", "encode", "answer"):
         assert any(f'stage="{stage}"' in line for line in lines), stage
     assert not [line for line in lines if "mug" in line or "dog" in line]
+    for name in set(re.findall(r"ray_dreambooth_\w+", (ROOT / "cluster" / "grafana_serving.json").read_text())):
+        shown = [line for line in lines if line.startswith(f"{name}{{")]
+        assert shown, name
+        assert all('deployment="' in line and 'replica="' in line for line in shown)
 
 
 def test_requests_are_logged_with_their_id_and_without_prompts(server: Server) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dreambooth.backbones import open_backbone
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore, Version
+from serve import tiers
 from serve.skeleton import Skeleton
 from serve.tiers import DiskTier, HostTier
 from tests.serve.published import DOG, MUG, OLD_MUG, publish_all
@@ -148,6 +149,41 @@ async def test_a_failed_read_is_told_to_all_and_tried_again(disk: WatchedDisk, b
     assert (("mug", "none") in host, host.bytes) == (False, 0)
 
 
+async def test_a_store_that_comes_back_is_read_again(
+    disk: WatchedDisk, base: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [OSError("connection refused"), OSError("connection reset")]
+
+    def version(subject: str, version: str) -> Version:
+        if failures:
+            raise failures.pop()
+        return DiskTier.version(disk, subject, version)
+
+    monkeypatch.setattr(disk, "version", version)
+    host = HostTier(disk, base, 2**30)
+    assert await use(host, MUG)
+    monkeypatch.setattr(tiers, "_PATIENCE_SECONDS", 0.1)
+    failures.append(OSError("connection refused"))
+    with pytest.raises(OSError, match="refused"):
+        await use(host, DOG)
+    assert await use(host, DOG)
+
+
+async def test_a_version_with_a_file_missing_is_not_served_with_the_backbones_weights(
+    small_sdxl: Path, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    store = SubjectStore(tmp_path / "store")
+    [old, new, _] = publish_all(store, small_sdxl)
+    host = HostTier(DiskTier(store, tmp_path, 2**30), base, 2**30)
+    for path in store.local_version(old).rglob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError):
+        await use(host, OLD_MUG)
+    (new.location / "manifest.json").write_json({**new.manifest, "components": ["unet", "text_encoder"]})
+    with pytest.raises(ValueError, match=r"holds no text_encoder/\*\.safetensors"):
+        await use(host, MUG)
+
+
 async def test_a_client_that_leaves_does_not_stop_the_load_of_others(
     disk: WatchedDisk, base: dict[str, Tensor]
 ) -> None:
@@ -195,6 +231,16 @@ async def test_the_disk_tier_removes_the_least_recently_read_but_none_in_use(
     assert folders(tmp_path) == [OLD_MUG[1], DOG[1]]
     with DiskTier(remote, tmp_path, 0).files(old_mug), DiskTier(remote, tmp_path, 0).files(mug):
         assert folders(tmp_path) == [OLD_MUG[1], MUG[1]]
+
+
+async def test_what_lies_on_the_disk_needs_no_store(
+    remote: SubjectStore, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    expected = await use(HostTier(DiskTier(remote, tmp_path, 2**30), base, 2**30), MUG)
+    away = SubjectStore(remote.root)
+    away.version = lambda *_: pytest.fail("it asked the store")  # type: ignore[method-assign]
+    again = await use(HostTier(DiskTier(away, tmp_path, 2**30), base, 2**30), MUG)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
 async def test_a_damaged_download_is_refused(remote: SubjectStore, tmp_path: Path) -> None:
