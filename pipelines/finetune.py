@@ -56,7 +56,7 @@ class Trainable(nn.Module):
         self.networks = nn.ModuleDict(networks)
 
     def groups(self, training: Training) -> list[dict[str, Any]]:
-        """One group of parameters a network, for AdamW: text encoders have a learning rate of their own."""
+        """One group of parameters a network: text encoders have a learning rate of their own."""
         groups = []
         for name, network in self.networks.items():
             of_text = name in self.backbone.text_encoders
@@ -90,7 +90,15 @@ def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -
 def train_worker(config: dict[str, Any]) -> None:
     """What one rank of the lane does: load the backbone, resume, train to the last step, checkpoint."""
     from pipelines.console import quiet_libraries
-    from pipelines.zero import Average, gradient_norm, restore, restore_average, set_learning_rate, start_engine
+    from pipelines.zero import (
+        Average,
+        gradient_norm,
+        overflowed,
+        restore,
+        restore_average,
+        set_learning_rate,
+        start_engine,
+    )
 
     quiet_libraries()
     run: Run = config["run"]
@@ -138,6 +146,8 @@ def train_worker(config: dict[str, Any]) -> None:
                 engine.backward(loss.total)
                 engine.step()
                 terms += torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
+            if overflowed(engine):
+                continue  # the same step again, so that every step updates the weights once
             terms /= run.training.gradient_accumulation
             pending.append(torch.cat([terms, gradient_norm(engine)[None]]))
             step += 1

@@ -79,7 +79,7 @@ class TrainingOptions:
     steps: int | None = None
     """Optimizer steps. By default the backbone's preset."""
     learning_rate: float | None = None
-    """AdamW's learning rate. By default the backbone's preset."""
+    """The optimizer's learning rate. By default the backbone's preset."""
     text_encoder_learning_rate: float | None = None
     """The text encoders' own learning rate. By default the same."""
     schedule: Schedule = "constant"
@@ -97,11 +97,13 @@ class TrainingOptions:
     ema_decay: float = 0.0
     """Publish an exponential moving average of the weights with this decay (0.999, say); 0 publishes the last ones."""
     weight_decay: float = 1e-2
-    """AdamW's weight decay."""
+    """The optimizer's weight decay."""
     max_grad_norm: float = 1.0
     """Clip the gradient's norm to this; 0 does not clip."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """bf16 keeps float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
+    """The two with less state need --zero-stage 0 and --precision fp32; adamw-8bit also bitsandbytes and a GPU."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """bf16 and fp16 keep float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_every: int = 100

@@ -29,6 +29,7 @@ from dreambooth.prompts import class_prompt, default_samples, fill
 from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
+from pipelines.lane import check_engine, gpus_per_worker, make_lane
 from pipelines.options import Options
 from pipelines.run import Lane, PlannedSubject, Run, Training
 
@@ -95,7 +96,9 @@ def make_plan(options: Options) -> Plan:
     stages = [(backbone, training)]
     if options.model.super_resolution is not None:
         stages.append(_super_resolution(options, backbone, training))
-    lane = _lane(options)
+    lane = make_lane(options)
+    for stage in stages:
+        check_engine(*stage, lane)
     memory = tuple(_memory(*stage, lane) for stage in stages)
     store = SubjectStore(options.run.store)
     specs = _specs(options)
@@ -139,10 +142,6 @@ def _check_numbers(options: Options) -> None:
         scheduler_class(options.prior.prior_scheduler)
     if options.model.noise_level is not None and options.model.super_resolution is None:
         raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
-    if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
-        raise ValueError("--offload cpu needs --zero-stage 1, 2 or 3")
-    if options.training.precision == "bf16" and options.cluster.zero_stage == 0:
-        raise ValueError("--precision bf16 needs --zero-stage 1, 2 or 3, which keep float32 masters of the weights")
     if (values["gpus_per_worker"] or 0) > 1:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 
@@ -156,7 +155,7 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         resolution = options.model.resolution
     prior_weight = options.prior.prior_weight if low_resolution is None else 0.0
     backbone.check_resolution(resolution)
-    on_gpu = _gpus_per_worker(options) > 0
+    on_gpu = gpus_per_worker(options) > 0
     rate = chosen.learning_rate or (preset.learning_rate_with_text_encoder if with_text else preset.learning_rate)
     steps = chosen.steps or preset.steps
     if chosen.warmup_steps >= steps:
@@ -178,6 +177,7 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         ema_decay=chosen.ema_decay,
         weight_decay=chosen.weight_decay,
         max_grad_norm=chosen.max_grad_norm,
+        optimizer=chosen.optimizer,
         precision=chosen.precision or ("bf16" if on_gpu else "fp32"),
         gradient_checkpointing=chosen.gradient_checkpointing,
         low_resolution=low_resolution,
@@ -240,20 +240,9 @@ def _memory(backbone: Backbone, training: Training, lane: Lane) -> MemoryPlan:
         workers=lane.workers,
         offload=lane.offload,
         gradient_checkpointing=training.gradient_checkpointing,
+        optimizer=training.optimizer,
         ema=training.ema_decay > 0,
     )
-
-
-def _lane(options: Options) -> Lane:
-    chosen, gpus = options.cluster, _gpus_per_worker(options)
-    workers = chosen.workers or (max(1, torch.cuda.device_count()) if gpus else min(2, psutil.cpu_count() or 1))
-    return Lane(workers, chosen.cpus_per_worker, gpus, chosen.zero_stage, chosen.offload)
-
-
-def _gpus_per_worker(options: Options) -> float:
-    if options.cluster.gpus_per_worker is not None:
-        return options.cluster.gpus_per_worker
-    return 1.0 if torch.cuda.is_available() else 0.0
 
 
 def _specs(options: Options) -> list[SubjectSpec]:

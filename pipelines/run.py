@@ -36,6 +36,7 @@ class Training:
     ema_decay: float
     weight_decay: float
     max_grad_norm: float
+    optimizer: str
     precision: str
     gradient_checkpointing: bool
     low_resolution: LowResolution | None = None

@@ -1,0 +1,62 @@
+"""Workers, ZeRO and precision: resolved from the options, and checked against what DeepSpeed can do with them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import psutil
+import torch
+
+from dreambooth.backbones import Backbone, DeepFloydIF
+from pipelines.options import Options
+from pipelines.run import Lane, Training
+
+
+def make_lane(options: Options) -> Lane:
+    """The worker group that `options` ask for, by default one worker a local GPU, or else 2 on the CPU."""
+    chosen, gpus = options.cluster, gpus_per_worker(options)
+    workers = chosen.workers or (max(1, torch.cuda.device_count()) if gpus else min(2, psutil.cpu_count() or 1))
+    return Lane(workers, chosen.cpus_per_worker, gpus, chosen.zero_stage, chosen.offload)
+
+
+def gpus_per_worker(options: Options) -> float:
+    """GPUs of a worker: as many as asked for, or one where this machine has any."""
+    if options.cluster.gpus_per_worker is not None:
+        return options.cluster.gpus_per_worker
+    return 1.0 if torch.cuda.is_available() else 0.0
+
+
+def check_engine(backbone: Backbone, training: Training, lane: Lane) -> None:
+    """Raise ValueError, naming the option, unless DeepSpeed can train so and its state can be saved and read back."""
+    if lane.offload != "none" and lane.zero_stage == 0:
+        raise ValueError(f"--offload {lane.offload} needs --zero-stage 1, 2 or 3")
+    _check_optimizer(training, lane)
+    if training.precision != "fp32" and lane.zero_stage == 0:
+        raise ValueError(
+            f"--precision {training.precision} needs --zero-stage 1, 2 or 3, which keep float32 masters of the weights"
+        )
+    if training.precision == "fp16":
+        _check_fp16(backbone, training, lane)
+
+
+def _check_optimizer(training: Training, lane: Lane) -> None:
+    name = training.optimizer
+    if name == "adamw":
+        return
+    if lane.zero_stage or training.precision != "fp32":
+        raise ValueError(
+            f"--optimizer {name} needs --zero-stage 0 and --precision fp32: its state belongs to whole tensors, and "
+            f"ZeRO {lane.zero_stage} in {training.precision} would give it flat pieces of many"
+        )
+    if name == "adamw-8bit":
+        if not lane.gpus_per_worker:
+            raise ValueError("--optimizer adamw-8bit needs a GPU: give --gpus-per-worker 1, or use adafactor")
+        if find_spec("bitsandbytes") is None:
+            raise ValueError("--optimizer adamw-8bit needs bitsandbytes: pip install 'dreambooth[8bit]' on every node")
+
+
+def _check_fp16(backbone: Backbone, training: Training, lane: Lane) -> None:
+    if not lane.gpus_per_worker:
+        raise ValueError("--precision fp16 needs GPUs, as DeepSpeed does: use bf16, or give --gpus-per-worker 1")
+    if isinstance(backbone, DeepFloydIF) and training.trained != (backbone.denoiser,):
+        raise ValueError("--precision fp16 overflows in T5: use bf16, or leave out --train-text-encoder")
