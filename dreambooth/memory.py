@@ -52,6 +52,7 @@ def plan_memory(
     workers: int,
     offload: str,
     gradient_checkpointing: bool,
+    gradient_accumulation: int = 1,
     optimizer: str = "adamw",
     ema: bool = False,
 ) -> MemoryPlan:
@@ -70,7 +71,8 @@ def plan_memory(
     parameters = sum(shape.numel() for shape in shapes)
     divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     weights = parameters * dtype.itemsize // divisor[3]
-    gradients = parameters * dtype.itemsize // divisor[2]
+    # Where they are summed up over several backward passes, that is done in float32.
+    gradients = parameters * (dtype.itemsize if gradient_accumulation == 1 else 4) // divisor[2]
     # Plain float32 training needs no second copy of the weights; every ZeRO stage keeps float32 masters.
     masters = 4 if zero_stage else 0
     moments = sum(moment_bytes(shape, optimizer) for shape in shapes)

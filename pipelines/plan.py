@@ -240,6 +240,7 @@ def _memory(backbone: Backbone, training: Training, lane: Lane) -> MemoryPlan:
         workers=lane.workers,
         offload=lane.offload,
         gradient_checkpointing=training.gradient_checkpointing,
+        gradient_accumulation=training.gradient_accumulation,
         optimizer=training.optimizer,
         ema=training.ema_decay > 0,
     )

@@ -120,6 +120,13 @@ def test_zero_divides_states_then_gradients_then_weights(backbone: Backbone, pre
     assert memory.total == sum(parts) + memory.activations
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("zero_stage", "divisor"), [(1, 1), (2, 4), (3, 4)])
+def test_accumulated_gradients_are_float32(backbone: Backbone, precision: str, zero_stage: int, divisor: int) -> None:
+    memory = plan(backbone, precision=precision, zero_stage=zero_stage, workers=4, gradient_accumulation=2)
+    assert memory.gradients == memory.parameters * 4 // divisor
+
+
 def test_adafactors_state_is_what_it_really_keeps(backbone: Backbone) -> None:
     unet = backbone.load("unet")
     optimizer = Adafactor(unet.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)

@@ -94,6 +94,13 @@ def test_gradients_that_no_scale_can_hold_end_the_training() -> None:
         learner.learn(range(1), scale=float("inf"))
 
 
+def test_gradients_of_several_passes_are_summed_up_in_float32() -> None:
+    # What the memory plan counts on: DeepSpeed's own buffer of this rank's gradients under ZeRO 3.
+    once, twice = (Learner(training(precision="bf16", gradient_accumulation=n), lane(zero_stage=3)) for n in (1, 2))
+    buffers = [learner.engine.optimizer.grad_partitions_flat_buffer for learner in (once, twice)]
+    assert [buffer.dtype for buffer in buffers] == [torch.bfloat16, torch.float32]
+
+
 def test_adafactor_keeps_its_second_moment_by_rows_and_columns() -> None:
     learner = Learner(training(optimizer="adafactor"), lane(zero_stage=0))
     learner.learn(range(1))
