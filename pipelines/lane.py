@@ -8,15 +8,20 @@ import psutil
 import torch
 
 from dreambooth.backbones import Backbone, DeepFloydIF
+from pipelines.deepspeed_config import read_deepspeed_config
 from pipelines.options import Options
 from pipelines.run import Lane, Training
 
 
 def make_lane(options: Options) -> Lane:
-    """The worker group that `options` ask for, by default one worker a local GPU, or else 2 on the CPU."""
+    """The worker group that `options` ask for, by default one worker a local GPU, or else 2 on the CPU.
+
+    Raises ValueError when the file of DeepSpeed settings is not one, or sets what is not its to set.
+    """
     chosen, gpus = options.cluster, gpus_per_worker(options)
     workers = chosen.workers or (max(1, torch.cuda.device_count()) if gpus else min(2, psutil.cpu_count() or 1))
-    return Lane(workers, chosen.cpus_per_worker, gpus, chosen.zero_stage, chosen.offload)
+    settings = {} if chosen.deepspeed is None else read_deepspeed_config(chosen.deepspeed, chosen.zero_stage)
+    return Lane(workers, chosen.cpus_per_worker, gpus, chosen.zero_stage, chosen.offload, settings)
 
 
 def gpus_per_worker(options: Options) -> float:

@@ -124,6 +124,8 @@ class ClusterOptions:
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too."""
     offload: Literal["none", "cpu"] = "none"
     """Keep optimizer states (and under stage 3 the weights) in host memory."""
+    deepspeed: str | None = None
+    """JSON file of further settings in DeepSpeed's own form; what an option says is not its to say."""
     device_memory: float | None = None
     """GiB of memory of one device, for the plan. By default this machine's own."""
 

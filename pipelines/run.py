@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,8 @@ class Lane:
     gpus_per_worker: float
     zero_stage: int
     offload: str
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed settings of the user's own."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from pipelines.compiled_ops import compile_ops
+from pipelines.deepspeed_config import merged
 from pipelines.optimizers import MOMENTS, STATES, make_optimizer, set_state, state_of
 from pipelines.run import Lane, Training
 
@@ -34,7 +35,10 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 
 def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
-    """DeepSpeed's configuration. Clipping belongs here: done before the engine's step it would see shards."""
+    """DeepSpeed's configuration, the user's settings over ours.
+
+    Clipping belongs here: done before the engine's step it would see shards.
+    """
     micro_batch = training.batch // (lane.workers * training.gradient_accumulation)
     zero: dict[str, Any] = {"stage": lane.zero_stage}
     if lane.offload == "cpu":
@@ -55,7 +59,7 @@ def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
     }
     if training.precision != "fp32" and training.gradient_accumulation > 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
+    return merged(config, lane.deepspeed)
 
 
 def start_engine(module: nn.Module, groups: Sequence[dict[str, Any]], training: Training, lane: Lane) -> Any:
