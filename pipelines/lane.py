@@ -8,27 +8,52 @@ import psutil
 import torch
 
 from dreambooth.backbones import Backbone, DeepFloydIF
+from dreambooth.presets import MACHINES, MachinePreset
 from pipelines.deepspeed_config import read_deepspeed_config
 from pipelines.options import Options
 from pipelines.run import Lane, Training
 
+GIB = 2**30
 
-def make_lane(options: Options) -> Lane:
-    """The worker group that `options` ask for, by default one worker a local GPU, or else 2 on the CPU.
+
+def make_lane(options: Options, preset: MachinePreset | None) -> Lane:
+    """The worker group that `options` ask for: else the preset's, or one worker a local GPU, or 2 on the CPU.
 
     Raises ValueError when the file of DeepSpeed settings is not one, or sets what is not its to set.
     """
     chosen, gpus = options.cluster, gpus_per_worker(options)
-    workers = chosen.workers or (max(1, torch.cuda.device_count()) if gpus else min(2, psutil.cpu_count() or 1))
-    settings = {} if chosen.deepspeed is None else read_deepspeed_config(chosen.deepspeed, chosen.zero_stage)
-    return Lane(workers, chosen.cpus_per_worker, gpus, chosen.zero_stage, chosen.offload, settings)
+    workers = MACHINES[chosen.preset].gpus if chosen.preset else 0
+    if not workers:
+        workers = max(1, torch.cuda.device_count()) if gpus else min(2, psutil.cpu_count() or 1)
+    zero_stage = preset.zero_stage if preset else 2
+    if chosen.zero_stage is not None:
+        zero_stage = chosen.zero_stage
+    return Lane(
+        workers=chosen.workers or workers,
+        cpus_per_worker=chosen.cpus_per_worker,
+        gpus_per_worker=gpus,
+        zero_stage=zero_stage,
+        offload=chosen.offload or (preset.offload if preset else "none"),
+        deepspeed={} if chosen.deepspeed is None else read_deepspeed_config(chosen.deepspeed, zero_stage),
+    )
 
 
 def gpus_per_worker(options: Options) -> float:
-    """GPUs of a worker: as many as asked for, or one where this machine has any."""
+    """GPUs of a worker: as many as asked for, or one where there is a preset or this machine has any."""
     if options.cluster.gpus_per_worker is not None:
         return options.cluster.gpus_per_worker
-    return 1.0 if torch.cuda.is_available() else 0.0
+    return 1.0 if options.cluster.preset or torch.cuda.is_available() else 0.0
+
+
+def device_bytes(options: Options, lane: Lane) -> int | None:
+    """Memory that one worker may use; None when it is a GPU of which nothing is known here."""
+    if options.cluster.device_memory is not None:
+        return int(options.cluster.device_memory * GIB)
+    if not lane.gpus_per_worker:
+        return psutil.virtual_memory().total // lane.workers
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return MACHINES[options.cluster.preset].bytes if options.cluster.preset else None
 
 
 def check_engine(backbone: Backbone, training: Training, lane: Lane) -> None:

@@ -9,7 +9,6 @@ from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
-import psutil
 import torch
 
 from dreambooth.backbones import (
@@ -23,17 +22,15 @@ from dreambooth.class_noun import FoundNoun, find_class_noun
 from dreambooth.identifier import Identifier, check_identifier, find_identifier
 from dreambooth.judges.clip import ClipJudge
 from dreambooth.memory import MemoryPlan, plan_memory
-from dreambooth.presets import preset_of
+from dreambooth.presets import MachinePreset, machine_preset, preset_of
 from dreambooth.prior_set import PriorSet
 from dreambooth.prompts import class_prompt, default_samples, fill
 from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
-from pipelines.lane import check_engine, gpus_per_worker, make_lane
+from pipelines.lane import GIB, check_engine, device_bytes, gpus_per_worker, make_lane
 from pipelines.options import Options
 from pipelines.run import Lane, PlannedSubject, Run, Training
-
-GIB = 2**30
 
 _POSITIVE = (
     *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
@@ -62,6 +59,7 @@ class Plan:
     """All subjects by name, as they were given."""
     memory: tuple[MemoryPlan, ...]
     """Of each backbone; they are trained one after another."""
+    lane: Lane
     device_bytes: int | None
 
     @property
@@ -96,7 +94,7 @@ def make_plan(options: Options) -> Plan:
     stages = [(backbone, training)]
     if options.model.super_resolution is not None:
         stages.append(_super_resolution(options, backbone, training))
-    lane = make_lane(options)
+    lane = make_lane(options, _machine_preset(options, backbone))
     for stage in stages:
         check_engine(*stage, lane)
     memory = tuple(_memory(*stage, lane) for stage in stages)
@@ -117,7 +115,7 @@ def make_plan(options: Options) -> Plan:
             subjects.append(_with_super_resolution(planned, options, *stages[1:]))
     order = tuple(spec.name for spec in specs)
     backbones = tuple(backbone for backbone, _ in stages)
-    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, _device_bytes(options, lane))
+    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, lane, device_bytes(options, lane))
     _check_disk(plan)
     if not options.run.dry_run:
         store.check_writable()
@@ -148,7 +146,7 @@ def _check_numbers(options: Options) -> None:
 
 def _training(options: Options, backbone: Backbone, low_resolution: LowResolution | None = None) -> Training:
     """The settings of a stage. Ruiz et al. tune super-resolution on the subject's photos alone, without a prior."""
-    preset, chosen = preset_of(backbone), options.training
+    preset, machine, chosen = preset_of(backbone), _machine_preset(options, backbone), options.training
     with_text = options.model.train_text_encoder
     resolution = backbone.default_resolution
     if low_resolution is None and options.model.resolution is not None:
@@ -156,8 +154,9 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
     prior_weight = options.prior.prior_weight if low_resolution is None else 0.0
     backbone.check_resolution(resolution)
     on_gpu = gpus_per_worker(options) > 0
-    rate = chosen.learning_rate or (preset.learning_rate_with_text_encoder if with_text else preset.learning_rate)
-    steps = chosen.steps or preset.steps
+    default_rate = (machine or preset).learning_rate
+    rate = chosen.learning_rate or (preset.learning_rate_with_text_encoder if with_text else default_rate)
+    steps = chosen.steps or (machine or preset).steps
     if chosen.warmup_steps >= steps:
         raise ValueError(f"--warmup-steps {chosen.warmup_steps} leaves nothing of {steps} steps: use fewer")
     return Training(
@@ -168,7 +167,7 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         text_encoder_learning_rate=(chosen.text_encoder_learning_rate or rate) if with_text else 0.0,
         schedule=chosen.schedule,
         warmup_steps=chosen.warmup_steps,
-        batch=chosen.batch or preset.batch,
+        batch=chosen.batch or (machine or preset).batch,
         gradient_accumulation=chosen.gradient_accumulation,
         prior_weight=prior_weight,
         prior_images=(options.prior.prior_images or preset.prior_images) if prior_weight else 0,
@@ -178,10 +177,14 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         weight_decay=chosen.weight_decay,
         max_grad_norm=chosen.max_grad_norm,
         optimizer=chosen.optimizer,
-        precision=chosen.precision or ("bf16" if on_gpu else "fp32"),
-        gradient_checkpointing=chosen.gradient_checkpointing,
+        precision=chosen.precision or (machine.precision if machine else "bf16" if on_gpu else "fp32"),
+        gradient_checkpointing=chosen.gradient_checkpointing or bool(machine and machine.gradient_checkpointing),
         low_resolution=low_resolution,
     )
+
+
+def _machine_preset(options: Options, backbone: Backbone) -> MachinePreset | None:
+    return machine_preset(backbone, options.cluster.preset) if options.cluster.preset else None
 
 
 def _super_resolution(options: Options, backbone: Backbone, training: Training) -> tuple[Backbone, Training]:
@@ -380,15 +383,6 @@ def _identifier(
     if identifier.text in used:
         raise ValueError(f"--identifier {identifier.text!r} belongs to another subject of {store.root}: choose another")
     return identifier
-
-
-def _device_bytes(options: Options, lane: Lane) -> int | None:
-    """Memory that one worker may use; None when it is a GPU that this machine cannot see."""
-    if options.cluster.device_memory is not None:
-        return int(options.cluster.device_memory * GIB)
-    if lane.gpus_per_worker:
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return psutil.virtual_memory().total // lane.workers
 
 
 def _check_disk(plan: Plan) -> None:
