@@ -7,6 +7,7 @@ Optimizations Toward Training Trillion Parameter Models", SC 2020, section 3 and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from dreambooth.backbones import Backbone, Conditioning, LowResolution
 from dreambooth.identifier import MAX_TOKENS
 from dreambooth.sampling import DTYPES
+
+_SMALLEST_IN_8_BIT, _BLOCK_IN_8_BIT = 4096, 256
+"""bitsandbytes keeps smaller tensors in 32 bits, and one float32 scale for each block of values."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,16 @@ def plan_memory(
     workers: int,
     offload: str,
     gradient_checkpointing: bool,
+    gradient_accumulation: int = 1,
+    optimizer: str = "adamw",
     ema: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
 
     Without any it is that of Textual Inversion: a few embeddings, and gradients through all networks into them.
-    ZeRO 1 divides the optimizer states (float32 masters, AdamW's two moments and, with `ema`, an average) by the number
-    of workers, 2 the gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the
-    host, and under 3 the weights.
+    ZeRO 1 divides the optimizer states (float32 masters, the optimizer's moments and, with `ema`, an average) by the
+    number of workers, 2 the gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to
+    the host, and under 3 the weights.
     """
     dtype = DTYPES[precision]
     names = trained or (backbone.denoiser, *backbone.text_encoders)
@@ -67,18 +73,20 @@ def plan_memory(
     if gradient_checkpointing:
         for network in networks.values():
             enable_gradient_checkpointing(network)
-    parameters, frozen = (
-        sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
-        0,
-    )
+    shapes = [parameter.shape for network in networks.values() for parameter in network.parameters()]
+    frozen = 0
     if not trained:
-        parameters, frozen = _freeze_but_embeddings(backbone, networks), parameters * dtype.itemsize
+        frozen = sum(shape.numel() for shape in shapes) * dtype.itemsize
+        shapes = _freeze_but_embeddings(backbone, networks)
+    parameters = sum(shape.numel() for shape in shapes)
     divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     weights = parameters * dtype.itemsize // divisor[3]
-    gradients = parameters * dtype.itemsize // divisor[2]
-    # Plain float32 training needs no second copy of the weights; every ZeRO stage and bf16 keep float32 masters.
-    masters = 0 if precision == "fp32" and zero_stage == 0 else 4
-    states = parameters * (masters + 8 + (4 if ema else 0)) // divisor[1]
+    # Where they are summed up over several backward passes, that is done in float32.
+    gradients = parameters * (dtype.itemsize if gradient_accumulation == 1 else 4) // divisor[2]
+    # Plain float32 training needs no second copy of the weights; every ZeRO stage keeps float32 masters.
+    masters = 4 if zero_stage else 0
+    moments = sum(moment_bytes(shape, optimizer) for shape in shapes)
+    states = (parameters * (masters + (4 if ema else 0)) + moments) // divisor[1]
     offloaded = 0
     if offload == "cpu":
         offloaded = states + gradients + (weights if zero_stage == 3 else 0)
@@ -87,12 +95,22 @@ def plan_memory(
     return MemoryPlan(parameters, frozen, weights, gradients, states, activations, offloaded)
 
 
-def _freeze_but_embeddings(backbone: Backbone, networks: dict[str, Any]) -> int:
-    """Let gradients flow as far as the token embeddings; returns the most parameters that an identifier has there."""
+def _freeze_but_embeddings(backbone: Backbone, networks: dict[str, Any]) -> list[torch.Size]:
+    """Let gradients flow as far as the token embeddings; returns the shapes of the longest identifier's rows there."""
     for network in networks.values():
         network.requires_grad_(False)
     tables = [networks[name].get_input_embeddings().requires_grad_(True) for name in backbone.text_encoders]
-    return MAX_TOKENS * sum(table.embedding_dim for table in tables)
+    return [torch.Size([MAX_TOKENS, table.embedding_dim]) for table in tables]
+
+
+def moment_bytes(shape: torch.Size, optimizer: str) -> int:
+    """Bytes of the moments that the optimizer keeps of a parameter of this shape."""
+    count = shape.numel()
+    if optimizer == "adafactor":  # the second moment alone, of matrices (the last two dimensions) by row and column
+        return 4 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
+    if optimizer == "adamw-8bit" and count >= _SMALLEST_IN_8_BIT:
+        return 2 * (count + 4 * math.ceil(count / _BLOCK_IN_8_BIT))
+    return 8 * count
 
 
 def enable_gradient_checkpointing(network: Any) -> None:

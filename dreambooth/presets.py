@@ -46,3 +46,63 @@ PRESETS: dict[str, Preset] = {
 def preset_of(backbone: Backbone) -> Preset:
     """The preset of the embedded backbone, or else of the backbone's family."""
     return PRESETS["embedded" if backbone.source == "embedded" else backbone.family]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs that train one subject, and the memory of each in GB."""
+
+    gpus: int
+    gigabytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory of one GPU; makers' GB, which some of their GPUs exceed."""
+        return self.gigabytes * 10**9
+
+
+MACHINES = {"1x24GB": Machine(1, 24), "1x80GB": Machine(1, 80), "8x80GB": Machine(8, 80)}
+
+
+@dataclass(frozen=True)
+class MachinePreset:
+    """Defaults of a family on a machine; what is not here is the family's."""
+
+    steps: int
+    learning_rate: float
+    batch: int
+    resolution: int
+    """That at which the memory is counted; a backbone is trained at its own."""
+    precision: str
+    zero_stage: int
+    offload: str
+    gradient_checkpointing: bool
+
+
+# Learning rates, and on one GPU of 24 GB steps and batch, are those of the families above; where the batch is larger,
+# the steps are fewer, so that as many images are seen. Offloading and checkpointing are the least that, by the memory
+# plan at full size (Stable Diffusion 1.x, SDXL, IF-I-XL) with class-prior images, leaves 3 GiB for buffers. IF-II-L
+# shares ZeRO and offloading with stage I; that it checkpoints is a guess from its 1.2 B parameters. No row has been run
+# on such a machine yet.
+MACHINE_PRESETS: dict[tuple[str, str], MachinePreset] = {
+    #                                              steps lr    batch resolution precision ZeRO offload checkpointing
+    ("stable-diffusion", "1x24GB"): MachinePreset(800,  5e-6, 2,    512,       "bf16",   2,   "none", False),
+    ("stable-diffusion", "1x80GB"): MachinePreset(400,  5e-6, 4,    512,       "bf16",   2,   "none", False),
+    ("stable-diffusion", "8x80GB"): MachinePreset(200,  5e-6, 8,    512,       "bf16",   2,   "none", False),
+    ("sdxl",             "1x24GB"): MachinePreset(800,  1e-6, 4,    1024,      "bf16",   2,   "cpu",  True),
+    ("sdxl",             "1x80GB"): MachinePreset(800,  1e-6, 4,    1024,      "bf16",   2,   "none", True),
+    ("sdxl",             "8x80GB"): MachinePreset(400,  1e-6, 8,    1024,      "bf16",   2,   "none", False),
+    ("deepfloyd-if",     "1x24GB"): MachinePreset(1000, 1e-7, 4,    64,        "bf16",   2,   "cpu",  False),
+    ("deepfloyd-if",     "1x80GB"): MachinePreset(1000, 1e-7, 4,    64,        "bf16",   2,   "none", True),
+    ("deepfloyd-if",     "8x80GB"): MachinePreset(500,  1e-7, 8,    64,        "bf16",   2,   "none", False),
+    ("deepfloyd-if-ii",  "1x24GB"): MachinePreset(1000, 5e-6, 2,    256,       "bf16",   2,   "cpu",  True),
+    ("deepfloyd-if-ii",  "1x80GB"): MachinePreset(1000, 5e-6, 2,    256,       "bf16",   2,   "none", True),
+    ("deepfloyd-if-ii",  "8x80GB"): MachinePreset(250,  5e-6, 8,    256,       "bf16",   2,   "none", True),
+}  # fmt: skip
+
+
+def machine_preset(backbone: Backbone, machine: str) -> MachinePreset:
+    """The preset of the backbone's family on one of `MACHINES`; the embedded backbone has none: ValueError."""
+    if backbone.source == "embedded":
+        raise ValueError(f"--preset {machine} is for full-size backbones: give one with --backbone, or leave it out")
+    return MACHINE_PRESETS[backbone.family, machine]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from dreambooth.memory import MemoryPlan
-from pipelines.plan import GIB, Plan, disk_bytes
+from pipelines.lane import GIB
+from pipelines.plan import Plan, disk_bytes
 from pipelines.run import PlannedSubject
 
 
@@ -53,8 +54,7 @@ def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
 
 
 def _describe_memory(plan: Plan, memory: MemoryPlan) -> Iterator[str]:
-    stage = plan.options.cluster.zero_stage
-    yield f"Memory per device (ZeRO stage {stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
+    yield f"Memory per device (ZeRO stage {plan.lane.zero_stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
     for name in ("frozen", "weights", "gradients", "optimizer_states", "activations", "total"):
         yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
     if memory.offloaded:

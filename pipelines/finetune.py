@@ -107,7 +107,15 @@ def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -
 def train_worker(config: dict[str, Any]) -> None:
     """What one rank of the lane does: load the backbone, resume, train to the last step, checkpoint."""
     from pipelines.console import quiet_libraries
-    from pipelines.zero import Average, gradient_norm, restore, restore_average, set_learning_rate, start_engine
+    from pipelines.zero import (
+        Average,
+        gradient_norm,
+        overflowed,
+        restore,
+        restore_average,
+        set_learning_rate,
+        start_engine,
+    )
 
     quiet_libraries()
     run: Run = config["run"]
@@ -153,6 +161,8 @@ def train_worker(config: dict[str, Any]) -> None:
                 engine.backward(loss.total)
                 engine.step()
                 terms += torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
+            if overflowed(engine):
+                continue  # the same step again, so that every step updates the weights once
             terms /= run.training.gradient_accumulation
             pending.append(torch.cat([terms, gradient_norm(engine)[None]]))
             step += 1

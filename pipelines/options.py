@@ -83,7 +83,7 @@ class TrainingOptions:
     steps: int | None = None
     """Optimizer steps. By default the backbone's preset."""
     learning_rate: float | None = None
-    """AdamW's learning rate. By default the backbone's preset."""
+    """The optimizer's learning rate. By default the backbone's preset."""
     text_encoder_learning_rate: float | None = None
     """The text encoders' own learning rate. By default the same."""
     schedule: Schedule = "constant"
@@ -101,13 +101,15 @@ class TrainingOptions:
     ema_decay: float = 0.0
     """Publish an exponential moving average of the weights with this decay (0.999, say); 0 publishes the last ones."""
     weight_decay: float = 1e-2
-    """AdamW's weight decay."""
+    """The optimizer's weight decay."""
     max_grad_norm: float = 1.0
     """Clip the gradient's norm to this; 0 does not clip."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """bf16 keeps float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
+    """The two with less state need --zero-stage 0 and --precision fp32; adamw-8bit also bitsandbytes and a GPU."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """bf16 and fp16 keep float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time. A --preset may ask for it."""
     checkpoint_every: int = 100
     """Steps between checkpoints, from which a killed run goes on."""
     previews: bool = False
@@ -118,18 +120,23 @@ class TrainingOptions:
 class ClusterOptions:
     """Workers and memory."""
 
+    preset: Literal["1x24GB", "1x80GB", "8x80GB"] | None = None
+    """Defaults for GPUs of this number and memory, here and for steps, batch and precision; other options win."""
     workers: int | None = None
-    """Training workers. By default one a local GPU, or else 2 on the CPU."""
+    """Training workers. By default the preset's, or one a local GPU, or else 2 on the CPU."""
     cpus_per_worker: int = 1
     """CPU cores of a worker; on the CPU also its threads."""
     gpus_per_worker: float | None = None
-    """GPUs of a worker. By default 1 where this machine has a GPU, else 0; set it when only the cluster does."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too."""
-    offload: Literal["none", "cpu"] = "none"
-    """Keep optimizer states (and under stage 3 the weights) in host memory."""
+    """GPUs of a worker. By default 1 with a preset or where this machine has a GPU, else 0; set it when only the
+    cluster does."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too. By default the preset's, or 2."""
+    offload: Literal["none", "cpu"] | None = None
+    """Keep optimizer states (and under stage 3 the weights) in host memory. By default as the preset says, or not."""
+    deepspeed: str | None = None
+    """JSON file of further settings in DeepSpeed's own form; what an option says is not its to say."""
     device_memory: float | None = None
-    """GiB of memory of one device, for the plan. By default this machine's own."""
+    """GiB of memory of one device, for the plan. By default this machine's own, or the preset's."""
 
 
 @dataclass(frozen=True)

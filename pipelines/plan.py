@@ -9,7 +9,6 @@ from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
-import psutil
 import torch
 
 from dreambooth.backbones import (
@@ -24,16 +23,15 @@ from dreambooth.identifier import Identifier, check_identifier, find_identifier
 from dreambooth.judges.clip import ClipJudge
 from dreambooth.judges.embedded import EmbeddedClip
 from dreambooth.memory import MemoryPlan, plan_memory
-from dreambooth.presets import preset_of
+from dreambooth.presets import MachinePreset, machine_preset, preset_of
 from dreambooth.prior_set import PriorSet
 from dreambooth.prompts import class_prompt, default_samples, fill
 from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
+from pipelines.lane import GIB, check_engine, device_bytes, gpus_per_worker, make_lane
 from pipelines.options import Options
 from pipelines.run import Lane, PlannedSubject, Run, Training, subject_phrase
-
-GIB = 2**30
 
 _POSITIVE = (
     *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
@@ -62,6 +60,7 @@ class Plan:
     """All subjects by name, as they were given."""
     memory: tuple[MemoryPlan, ...]
     """Of each backbone; they are trained one after another."""
+    lane: Lane
     device_bytes: int | None
 
     @property
@@ -96,7 +95,9 @@ def make_plan(options: Options) -> Plan:
     stages = [(backbone, training)]
     if options.model.super_resolution is not None:
         stages.append(_super_resolution(options, backbone, training))
-    lane = _lane(options)
+    lane = make_lane(options, _machine_preset(options, backbone))
+    for stage in stages:
+        check_engine(*stage, lane)
     memory = tuple(_memory(*stage, lane) for stage in stages)
     store = SubjectStore(options.run.store)
     specs = _specs(options)
@@ -115,7 +116,7 @@ def make_plan(options: Options) -> Plan:
             subjects.append(_with_super_resolution(planned, options, *stages[1:]))
     order = tuple(spec.name for spec in specs)
     backbones = tuple(backbone for backbone, _ in stages)
-    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, _device_bytes(options, lane))
+    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, lane, device_bytes(options, lane))
     _check_disk(plan)
     if not options.run.dry_run:
         store.check_writable()
@@ -142,10 +143,6 @@ def _check_numbers(options: Options) -> None:
         _check_inversion(options)
     if options.model.noise_level is not None and options.model.super_resolution is None:
         raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
-    if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
-        raise ValueError("--offload cpu needs --zero-stage 1, 2 or 3")
-    if options.training.precision == "bf16" and options.cluster.zero_stage == 0:
-        raise ValueError("--precision bf16 needs --zero-stage 1, 2 or 3, which keep float32 masters of the weights")
     if (values["gpus_per_worker"] or 0) > 1:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 
@@ -163,7 +160,7 @@ def _check_inversion(options: Options) -> None:
 
 def _training(options: Options, backbone: Backbone, low_resolution: LowResolution | None = None) -> Training:
     """The settings of a stage. Ruiz et al. tune super-resolution on the subject's photos alone, without a prior."""
-    preset, chosen = preset_of(backbone), options.training
+    preset, machine, chosen = preset_of(backbone), _machine_preset(options, backbone), options.training
     with_text = options.model.train_text_encoder
     resolution = backbone.default_resolution
     if low_resolution is None and options.model.resolution is not None:
@@ -171,8 +168,9 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
     inversion = chosen.method == "textual-inversion"
     prior_weight = options.prior.prior_weight if low_resolution is None and not inversion else 0.0
     backbone.check_resolution(resolution)
-    on_gpu = _gpus_per_worker(options) > 0
-    steps, rate = preset.steps, preset.learning_rate_with_text_encoder if with_text else preset.learning_rate
+    on_gpu = gpus_per_worker(options) > 0
+    default_rate = (machine or preset).learning_rate
+    steps, rate = (machine or preset).steps, preset.learning_rate_with_text_encoder if with_text else default_rate
     if inversion:
         steps, rate = preset.inversion_steps, preset.inversion_learning_rate
     steps, rate = chosen.steps or steps, chosen.learning_rate or rate
@@ -187,7 +185,7 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         text_encoder_learning_rate=(chosen.text_encoder_learning_rate or rate) if with_text else 0.0,
         schedule=chosen.schedule,
         warmup_steps=chosen.warmup_steps,
-        batch=chosen.batch or preset.batch,
+        batch=chosen.batch or (machine or preset).batch,
         gradient_accumulation=chosen.gradient_accumulation,
         prior_weight=prior_weight,
         prior_images=(options.prior.prior_images or preset.prior_images) if prior_weight else 0,
@@ -196,10 +194,15 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         ema_decay=chosen.ema_decay,
         weight_decay=chosen.weight_decay,
         max_grad_norm=chosen.max_grad_norm,
-        precision=chosen.precision or ("bf16" if on_gpu else "fp32"),
-        gradient_checkpointing=chosen.gradient_checkpointing,
+        optimizer=chosen.optimizer,
+        precision=chosen.precision or (machine.precision if machine else "bf16" if on_gpu else "fp32"),
+        gradient_checkpointing=chosen.gradient_checkpointing or bool(machine and machine.gradient_checkpointing),
         low_resolution=low_resolution,
     )
+
+
+def _machine_preset(options: Options, backbone: Backbone) -> MachinePreset | None:
+    return machine_preset(backbone, options.cluster.preset) if options.cluster.preset else None
 
 
 def _super_resolution(options: Options, backbone: Backbone, training: Training) -> tuple[Backbone, Training]:
@@ -258,20 +261,10 @@ def _memory(backbone: Backbone, training: Training, lane: Lane) -> MemoryPlan:
         workers=lane.workers,
         offload=lane.offload,
         gradient_checkpointing=training.gradient_checkpointing,
+        gradient_accumulation=training.gradient_accumulation,
+        optimizer=training.optimizer,
         ema=training.ema_decay > 0,
     )
-
-
-def _lane(options: Options) -> Lane:
-    chosen, gpus = options.cluster, _gpus_per_worker(options)
-    workers = chosen.workers or (max(1, torch.cuda.device_count()) if gpus else min(2, psutil.cpu_count() or 1))
-    return Lane(workers, chosen.cpus_per_worker, gpus, chosen.zero_stage, chosen.offload)
-
-
-def _gpus_per_worker(options: Options) -> float:
-    if options.cluster.gpus_per_worker is not None:
-        return options.cluster.gpus_per_worker
-    return 1.0 if torch.cuda.is_available() else 0.0
 
 
 def _specs(options: Options) -> list[SubjectSpec]:
@@ -416,15 +409,6 @@ def _identifier(
     if identifier.text in used:
         raise ValueError(f"--identifier {identifier.text!r} belongs to another subject of {store.root}: choose another")
     return identifier
-
-
-def _device_bytes(options: Options, lane: Lane) -> int | None:
-    """Memory that one worker may use; None when it is a GPU that this machine cannot see."""
-    if options.cluster.device_memory is not None:
-        return int(options.cluster.device_memory * GIB)
-    if lane.gpus_per_worker:
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return psutil.virtual_memory().total // lane.workers
 
 
 def _check_disk(plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class Training:
     ema_decay: float
     weight_decay: float
     max_grad_norm: float
+    optimizer: str
     precision: str
     gradient_checkpointing: bool
     low_resolution: LowResolution | None = None
@@ -59,6 +60,8 @@ class Lane:
     gpus_per_worker: float
     zero_stage: int
     offload: str
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed settings of the user's own."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import Adafactor
 
 from dreambooth.backbones import Backbone, open_backbone
 from dreambooth.memory import MemoryPlan, enable_gradient_checkpointing, plan_memory
@@ -130,6 +131,30 @@ def test_zero_divides_states_then_gradients_then_weights(backbone: Backbone, pre
     assert parts == tuple(int(memory.parameters * each) for each in STAGES[precision, zero_stage])
     assert memory.offloaded == 0
     assert memory.total == sum(parts) + memory.activations
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("zero_stage", "divisor"), [(1, 1), (2, 4), (3, 4)])
+def test_accumulated_gradients_are_float32(backbone: Backbone, precision: str, zero_stage: int, divisor: int) -> None:
+    memory = plan(backbone, precision=precision, zero_stage=zero_stage, workers=4, gradient_accumulation=2)
+    assert memory.gradients == memory.parameters * 4 // divisor
+
+
+def test_adafactors_state_is_what_it_really_keeps(backbone: Backbone) -> None:
+    unet = backbone.load("unet")
+    optimizer = Adafactor(unet.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)
+    for parameter in unet.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for name, value in state.items() if "exp_avg" in name]
+    assert plan(backbone, optimizer="adafactor").optimizer_states == sum(value.nbytes for value in kept)
+
+
+def test_8_bit_moments_are_a_quarter_of_whole_ones_and_a_scale_for_each_block(backbone: Backbone) -> None:
+    planned = plan(backbone, optimizer="adamw-8bit").optimizer_states
+    small = sum(p.numel() for p in backbone.load("unet").parameters() if p.numel() < 4096)
+    large = plan(backbone).parameters - small
+    assert planned == pytest.approx(8 * small + 2 * large * (1 + 4 / 256), rel=1e-3)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -111,6 +111,25 @@ BAD_INPUT: dict[str, Bad] = {
     "a prompt with an unknown placeholder": _option("--sample-prompts", "a {dog}", says=("{dog}",)),
     "a prompt that is too long": _option("--sample-prompts", "{subject} " * 60, says=("tokens",)),
     "bf16 without masters": _option("--precision", "bf16", "--zero-stage", "0", says=("--zero-stage",)),
+    "fp16 without masters": _option(
+        *("--precision", "fp16", "--zero-stage", "0", "--gpus-per-worker", "1"),
+        says=("--precision fp16", "--zero-stage"),
+    ),
+    "fp16 on CPUs": _option("--precision", "fp16", "--gpus-per-worker", "0", says=("--precision fp16", "GPU", "bf16")),
+    "Adafactor over shards": _option(
+        *("--optimizer", "adafactor", "--zero-stage", "2"), says=("--optimizer adafactor", "--zero-stage 0")
+    ),
+    "Adafactor in bf16": _option(
+        *("--optimizer", "adafactor", "--zero-stage", "0", "--precision", "bf16"),
+        says=("--optimizer adafactor", "--precision fp32"),
+    ),
+    "8-bit AdamW on CPUs": _option(
+        *("--optimizer", "adamw-8bit", "--zero-stage", "0", "--gpus-per-worker", "0"),
+        says=("--optimizer adamw-8bit", "GPU", "adafactor"),
+    ),
+    "offloading what is not sharded": _option(
+        "--offload", "cpu", "--zero-stage", "0", says=("--offload cpu", "--zero-stage 1, 2 or 3")
+    ),
     "images beside a manifest": _option("--manifest", "m.yaml", says=("--manifest", "--images")),
     "a manifest that is not there": lambda *_: (["--manifest", "nowhere.yaml"], ["nowhere.yaml"]),
     "an unwritable store": lambda folder, _: (
@@ -118,6 +137,16 @@ BAD_INPUT: dict[str, Bad] = {
         ["store", "0.png", "cannot be written"],
     ),
 }
+
+
+def test_fp16_does_not_train_t5(
+    folder: Path, small_if: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--images", str(folder), "--class-noun", "mug", "--backbone", str(small_if), "--precision", "fp16"]
+    arguments += ["--gpus-per-worker", "1", "--store", str(tmp_path / "store"), "--dry-run"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--train-text-encoder"]) == 2
+    assert "--precision fp16 overflows in T5" in capsys.readouterr().err
 
 
 @pytest.fixture
