@@ -53,13 +53,14 @@ def plan_memory(
     offload: str,
     gradient_checkpointing: bool,
     ema: bool = False,
+    teacher: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
 
     Without any it is that of Textual Inversion: a few embeddings, and gradients through all networks into them.
     ZeRO 1 divides the optimizer states (float32 masters, AdamW's two moments and, with `ema`, an average) by the number
     of workers, 2 the gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the
-    host, and under 3 the weights.
+    host, and under 3 the weights. A `teacher`, a frozen copy of the denoiser, lies whole on every device.
     """
     dtype = DTYPES[precision]
     names = trained or (backbone.denoiser, *backbone.text_encoders)
@@ -73,6 +74,8 @@ def plan_memory(
     )
     if not trained:
         parameters, frozen = _freeze_but_embeddings(backbone, networks), parameters * dtype.itemsize
+    if teacher:
+        frozen += dtype.itemsize * sum(parameter.numel() for parameter in networks[backbone.denoiser].parameters())
     divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     weights = parameters * dtype.itemsize // divisor[3]
     gradients = parameters * dtype.itemsize // divisor[2]
