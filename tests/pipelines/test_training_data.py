@@ -367,4 +367,5 @@ def test_each_option_makes_another_run_and_the_plan_tells_of_it(
     told = capsys.readouterr().out
     assert f"0.png: 'a {runs[0].identifier} mug on a table'" in told
     assert "1.png: 40 x 24 pixels of 40 x 25" in told
-    assert "of it the teacher" in told
+    alone, taught = (plan_of(captioned, small_sdxl, tmp_path, *more).memory[0].frozen for more in ((), ALL[4:]))
+    assert alone == 0 < taught
