@@ -59,13 +59,14 @@ def plan_memory(
     gradient_accumulation: int = 1,
     optimizer: str = "adamw",
     ema: bool = False,
+    teacher: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
 
     Without any it is that of Textual Inversion: a few embeddings, and gradients through all networks into them.
     ZeRO 1 divides the optimizer states (float32 masters, the optimizer's moments and, with `ema`, an average) by the
     number of workers, 2 the gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to
-    the host, and under 3 the weights.
+    the host, and under 3 the weights. A `teacher`, a frozen copy of the denoiser, lies whole on every device.
     """
     dtype = DTYPES[precision]
     names = trained or (backbone.denoiser, *backbone.text_encoders)
@@ -79,6 +80,8 @@ def plan_memory(
         frozen = sum(shape.numel() for shape in shapes) * dtype.itemsize
         shapes = _freeze_but_embeddings(backbone, networks)
     parameters = sum(shape.numel() for shape in shapes)
+    if teacher:
+        frozen += dtype.itemsize * sum(parameter.numel() for parameter in networks[backbone.denoiser].parameters())
     divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     weights = parameters * dtype.itemsize // divisor[3]
     # Where they are summed up over several backward passes, that is done in float32.

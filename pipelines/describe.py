@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from dreambooth.memory import MemoryPlan
+from dreambooth.views import centre_view
 from pipelines.lane import GIB
 from pipelines.plan import Plan, disk_bytes
 from pipelines.run import PlannedSubject
@@ -50,6 +51,13 @@ def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
     if planned.found_noun is not None:
         yield f"  class noun    {planned.found_noun}; --class-noun overrides it"
     yield f"  prompts       {run.instance_prompt!r}; class {run.class_prompt!r}"
+    if run.training.frames or run.training.random_crop:
+        for image in subject.images:
+            view = centre_view(size := (image.height, image.width), run.training.frame_of(size))
+            frame, scaled = (f"{height} x {width}" for height, width in (view.frame, view.scaled))
+            yield f"  frame         {image.name}: {frame} pixels of {scaled}"
+    for image, caption in zip(subject.images, run.captions, strict=False):
+        yield f"  caption       {image.name}: {caption!r}"
     yield f"  version       {run.subject}@{run.version}"
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +32,10 @@ from dreambooth.memory import enable_gradient_checkpointing, in_precision
 from dreambooth.sampling import DTYPES
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
+from dreambooth.teacher import Teacher
 from dreambooth.textual_inversion import LearnedEmbeds, TextualInversion
 from pipelines import training_set
-from pipelines.batches import Batches
+from pipelines.batches import Batches, Half, joined
 from pipelines.checkpoints import read_checkpoint, write_checkpoint
 from pipelines.console import Display, Stage
 from pipelines.previews import Previews
@@ -90,18 +91,25 @@ def groups(module: nn.Module, training: Training, backbone: Backbone) -> list[di
     return [{"params": chosen, "lr": rate, "initial_lr": rate} for chosen, rate in rates if chosen]
 
 
-def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -> PriorPreservationLoss:
-    """Eq. 2 of one micro-batch."""
-    device = engine.device
-    x, epsilon, t = rows["x"].to(device), rows["epsilon"].to(device), rows["t"].to(device)
-    schedule = backbone.schedule
-    z_t = schedule.add_noise(x, epsilon, t)
-    conditioning = {name: value.to(device) for name, value in rows["conditioning"].items()}
-    ids = {name: value.to(device) for name, value in rows["ids"].items()}
-    prediction = engine(z_t.to(DTYPES[run.training.precision]), t, conditioning, ids)
-    weight = schedule.weight(t, run.training.min_snr_gamma)
-    target = schedule.target(x, epsilon, t)
-    return prior_preservation_loss(prediction, target, weight, rows["instances"], run.training.prior_weight)
+def step_loss(
+    engine: Any, run: Run, backbone: Backbone, halves: Sequence[Half], teacher: Teacher | None = None
+) -> PriorPreservationLoss:
+    """Eq. 2 of one micro-batch; a teacher's prediction takes the place of the class-prior images as the target."""
+    schedule, training = backbone.schedule, run.training
+    halves = [half.to(engine.device) for half in halves]
+    targets = [schedule.target(half.x, half.epsilon, half.t) for half in halves]
+    if teacher is not None:
+        # Ahead of the engine, so that its activations are gone before those are there that the backward pass needs.
+        prior = halves[1]
+        targets[1] = teacher(schedule.add_noise(prior.x, prior.epsilon, prior.t), prior.t, prior.conditioning)
+    predictions: list[Tensor] = []
+    # Photos that are not square take a pass of their own: of the options, not of a step's shapes, as ZeRO stage 3
+    # gathers weights in every pass and all ranks must make the same.
+    for rows in halves if training.frames else [joined(halves)]:
+        z_t = schedule.add_noise(rows.x, rows.epsilon, rows.t).to(DTYPES[training.precision])
+        predictions += engine(z_t, rows.t, rows.conditioning, rows.ids).split(len(halves[0].t))
+    weights = [schedule.weight(half.t, training.min_snr_gamma) for half in halves]
+    return prior_preservation_loss(predictions, targets, weights, prior_weight=training.prior_weight)
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -144,6 +152,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if average is not None:
             restore_average(engine, average, state)
         del state
+    teacher = None
+    if run.training.prior_kind == "teacher":
+        teacher = Teacher(backbone, DTYPES[run.training.precision], engine.device)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "training_set.safetensors"
@@ -157,7 +168,8 @@ def train_worker(config: dict[str, Any]) -> None:
             terms = torch.zeros(2, device=engine.device)
             for micro_step in range(run.training.gradient_accumulation):
                 start = (micro_step * world + rank) * micro_batch
-                loss = step_loss(engine, run, backbone, batches.rows(step, range(start, start + micro_batch)))
+                rows = batches.rows(step, range(start, start + micro_batch))
+                loss = step_loss(engine, run, backbone, rows, teacher)
                 engine.backward(loss.total)
                 engine.step()
                 terms += torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
@@ -170,10 +182,10 @@ def train_worker(config: dict[str, Any]) -> None:
                 average.update(step)
             due = step % config["checkpoint_every"] == 0 or step == run.training.steps
             if due or len(pending) == _FLUSH_EVERY:
-                rows = _measures(pending, step, run, time.monotonic() - flushed)
+                measures = _measures(pending, step, run, time.monotonic() - flushed)
                 pending, flushed = [], time.monotonic()
                 if rank == 0:
-                    config["log"].add.remote(step - len(rows) + 1, rows)
+                    config["log"].add.remote(step - len(measures) + 1, measures)
             if due:
                 final = step == run.training.steps
                 with tempfile.TemporaryDirectory() as saved:

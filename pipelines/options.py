@@ -13,7 +13,7 @@ import tyro
 import yaml
 
 from dreambooth.learning_rate import Schedule
-from pipelines.run import Method
+from pipelines.run import Method, PriorKind
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class SubjectOptions:
     """The rare token(s) [V] that will name the subject. By default found by the paper's rule."""
     manifest: str | None = None
     """Many subjects: a YAML file, or a folder with one folder a subject. Takes the place of the four options above."""
+    captions: bool = False
+    """Label each photo with the text file beside it (1.txt for 1.jpg), where {subject} stands for "[V] [class noun]".
+    By default all are labelled "a [V] [class noun]"."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class PriorOptions:
 
     prior_weight: float = 1.0
     """Weight lambda of the prior-preservation term; 0 trains without it."""
+    prior_kind: PriorKind = "images"
+    """What the prior term asks for: the class-prior images, as in the paper, or what a frozen copy of the backbone
+    (the teacher) predicts for them."""
     prior_images: int | None = None
     """Class-prior images. By default the backbone's preset."""
     prior_steps: int | None = None
@@ -106,6 +112,12 @@ class TrainingOptions:
     """Clip the gradient's norm to this; 0 does not clip."""
     optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
     """The two with less state need --zero-stage 0 and --precision fp32; adamw-8bit also bitsandbytes and a GPU."""
+    flip: bool = False
+    """Show photos mirrored half of the time. Leave it off where left and right matter: writing, one-sided markings."""
+    random_crop: bool = False
+    """Cut photos that are not square at random places, 8 a photo, instead of in the middle."""
+    buckets: bool = False
+    """Train photos in about their own shape, from 1:2 to 2:1, instead of cut square; a step's photos share one."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """bf16 and fp16 keep float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
     gradient_checkpointing: bool = False

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
@@ -18,20 +16,18 @@ from dreambooth.backbones import (
     LowResolution,
     open_backbone,
 )
-from dreambooth.class_noun import FoundNoun, PictureTextJudge, find_class_noun
-from dreambooth.identifier import Identifier, check_identifier, find_identifier
-from dreambooth.judges.clip import ClipJudge
-from dreambooth.judges.embedded import EmbeddedClip
 from dreambooth.memory import MemoryPlan, plan_memory
 from dreambooth.presets import MachinePreset, machine_preset, preset_of
 from dreambooth.prior_set import PriorSet
 from dreambooth.prompts import class_prompt, default_samples, fill
 from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
-from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
+from dreambooth.subject import SubjectSpec
+from dreambooth.views import Size, bucket_frames, view_count
 from pipelines.lane import GIB, check_engine, device_bytes, gpus_per_worker, make_lane
 from pipelines.options import Options
 from pipelines.run import Lane, PlannedSubject, Run, Training, subject_phrase
+from pipelines.subjects import identifier_of, photo_prompts, read_subject, subject_specs
 
 _POSITIVE = (
     *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
@@ -100,7 +96,7 @@ def make_plan(options: Options) -> Plan:
         check_engine(*stage, lane)
     memory = tuple(_memory(*stage, lane) for stage in stages)
     store = SubjectStore(options.run.store)
-    specs = _specs(options)
+    specs = subject_specs(options)
     prior_sampler = _prior_sampler(options, backbone, training, lane) if training.prior_images else None
     subjects, failures = [], {}
     taken: set[str] = set()
@@ -143,6 +139,10 @@ def _check_numbers(options: Options) -> None:
         _check_inversion(options)
     if options.model.noise_level is not None and options.model.super_resolution is None:
         raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
+    if options.prior.prior_kind == "teacher":
+        _check_teacher(options)
+    if options.training.buckets and options.model.super_resolution is not None:
+        raise ValueError("--buckets keeps photos from being square, which --super-resolution enlarges: leave one out")
     if (values["gpus_per_worker"] or 0) > 1:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 
@@ -156,6 +156,16 @@ def _check_inversion(options: Options) -> None:
             raise ValueError(
                 f"--method textual-inversion trains nothing but the identifier's embeddings: leave out --{name}"
             )
+
+
+def _check_teacher(options: Options) -> None:
+    for given, name in (
+        (not options.prior.prior_weight, "--prior-weight 0"),
+        (options.model.super_resolution, "--super-resolution"),
+        (options.training.method != "dreambooth", f"--method {options.training.method}"),
+    ):
+        if given:
+            raise ValueError(f"--prior-kind teacher is of a prior term, and {name} trains without: leave one out")
 
 
 def _training(options: Options, backbone: Backbone, low_resolution: LowResolution | None = None) -> Training:
@@ -198,11 +208,26 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         precision=chosen.precision or (machine.precision if machine else "bf16" if on_gpu else "fp32"),
         gradient_checkpointing=chosen.gradient_checkpointing or bool(machine and machine.gradient_checkpointing),
         low_resolution=low_resolution,
+        flip=chosen.flip,
+        random_crop=chosen.random_crop,
+        views=view_count(chosen.flip, chosen.random_crop),
+        frames=_frames(backbone, resolution) if chosen.buckets else (),
+        prior_kind=options.prior.prior_kind,
     )
 
 
 def _machine_preset(options: Options, backbone: Backbone) -> MachinePreset | None:
     return machine_preset(backbone, options.cluster.preset) if options.cluster.preset else None
+
+
+def _frames(backbone: Backbone, resolution: int) -> tuple[Size, ...]:
+    frames = bucket_frames(resolution, backbone.side_multiple)
+    if len(frames) == 1:
+        raise ValueError(
+            f"--buckets: {backbone.source!r} takes sides that are multiples of {backbone.side_multiple}, and at a "
+            f"resolution of {resolution} only the square has such: raise --resolution, or leave --buckets out"
+        )
+    return tuple(frames)
 
 
 def _super_resolution(options: Options, backbone: Backbone, training: Training) -> tuple[Backbone, Training]:
@@ -264,40 +289,8 @@ def _memory(backbone: Backbone, training: Training, lane: Lane) -> MemoryPlan:
         gradient_accumulation=training.gradient_accumulation,
         optimizer=training.optimizer,
         ema=training.ema_decay > 0,
+        teacher=training.prior_kind == "teacher",
     )
-
-
-def _specs(options: Options) -> list[SubjectSpec]:
-    chosen = options.subject
-    single = {"subject": chosen.subject, "images": chosen.images, "class-noun": chosen.class_noun}
-    single["identifier"] = chosen.identifier
-    given = [f"--{name}" for name, value in single.items() if value]
-    if chosen.manifest is not None:
-        if given:
-            raise ValueError(f"--manifest lists the subjects itself: leave out {', '.join(given)}")
-        return load_manifest(chosen.manifest)
-    if not chosen.images:
-        if given:
-            raise ValueError(f"no images: {', '.join(given)} came without --images FOLDER")
-        from dreambooth.embedded import sample_subject
-
-        return [sample_subject()]
-    if chosen.class_noun is None and _class_noun_judge(options) is None:
-        raise ValueError(
-            '--class-noun is missing: say what the images show, for example --class-noun "dog", or name a CLIP model '
-            "that finds it, for example --class-noun-judge openai/clip-vit-large-patch14"
-        )
-    name = chosen.subject or _name_from(chosen.images[0])
-    return [SubjectSpec(name, chosen.images, chosen.class_noun, chosen.identifier, ())]
-
-
-def _name_from(images: str) -> str:
-    parts = [part for part in re.split(r"[/\\]", images) if part and not set(part) & set("*?[]")]
-    stem = re.sub(r"\.\w+$", "", parts[-1]) if parts else ""
-    name = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-_")[:63]
-    if not name:
-        raise ValueError(f"--subject is missing, and no name can be made of --images {images}")
-    return name
 
 
 def _plan_subject(
@@ -310,8 +303,8 @@ def _plan_subject(
     prior_sampler: SamplerSettings | None,
     taken: set[str],
 ) -> PlannedSubject:
-    subject, found_noun = _load(options, spec)
-    identifier = _identifier(options, spec, backbone, store, taken)
+    subject, found_noun = read_subject(options, spec)
+    identifier = identifier_of(options, spec, backbone, store, taken)
     sampling: dict[str, Any] = {
         "resolution": training.resolution,
         "threads": lane.cpus_per_worker,
@@ -342,33 +335,9 @@ def _plan_subject(
         samples=samples,
         sample_prompts=prompts,
         seed=options.run.seed,
+        captions=photo_prompts(subject, phrase, backbone),
     )
     return PlannedSubject(subject, run, found_noun)
-
-
-def _load(options: Options, spec: SubjectSpec) -> tuple[Subject, FoundNoun | None]:
-    if spec.class_noun is not None:
-        return load_subject(spec.name, spec.images, spec.class_noun), None
-    judge = _class_noun_judge(options)
-    if judge is None:
-        raise ValueError(
-            f"subject {spec.name!r} has no class noun: give it in the manifest, or name a CLIP model that finds it "
-            "with --class-noun-judge"
-        )
-    subject = load_subject(spec.name, spec.images, "subject")
-    found = find_class_noun(_judge(judge), [image.pixels() for image in subject.images])
-    return replace(subject, class_noun=found.noun), found
-
-
-def _class_noun_judge(options: Options) -> str | None:
-    """The judge that finds missing class nouns: the one that was named, or beside the embedded backbone its own."""
-    own = EmbeddedClip.name if options.model.backbone == "embedded" and EmbeddedClip.ships() else None
-    return options.subject.class_noun_judge or own
-
-
-@cache
-def _judge(source: str) -> PictureTextJudge:
-    return EmbeddedClip() if source == EmbeddedClip.name else ClipJudge(source)
 
 
 def _prior_sampler(options: Options, backbone: Backbone, training: Training, lane: Lane) -> SamplerSettings:
@@ -393,22 +362,6 @@ def _prior_sampler(options: Options, backbone: Backbone, training: Training, lan
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def _identifier(
-    options: Options, spec: SubjectSpec, backbone: Backbone, store: SubjectStore, taken: set[str]
-) -> Identifier:
-    tokenizers = tuple(backbone.tokenizers.values())
-    used = store.identifiers(besides=spec.name) | taken
-    wanted = spec.identifier or store.identifier(spec.name)
-    if wanted is None:
-        return find_identifier(
-            tokenizers, seed=options.run.seed, subject=spec.name, used=used, clean=backbone.clean_prompt
-        )
-    identifier = check_identifier(wanted, tokenizers, backbone.clean_prompt)
-    if identifier.text in used:
-        raise ValueError(f"--identifier {identifier.text!r} belongs to another subject of {store.root}: choose another")
-    return identifier
 
 
 def _check_disk(plan: Plan) -> None:

@@ -14,8 +14,10 @@ from dreambooth.prompts import class_prompt, instance_prompt
 from dreambooth.sampling import SamplerSettings
 from dreambooth.storage import digest
 from dreambooth.subject import Subject
+from dreambooth.views import Size, nearest_frame
 
 Method = Literal["dreambooth", "textual-inversion"]
+PriorKind = Literal["images", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ class Training:
     gradient_checkpointing: bool
     low_resolution: LowResolution | None = None
     """What a super-resolution stage is conditioned on."""
+    flip: bool = False
+    random_crop: bool = False
+    views: int = 1
+    """How often each photo was encoded, as flips and crops show it."""
+    frames: tuple[Size, ...] = ()
+    """The frames of aspect-ratio buckets; none where all photos are cut square."""
+    prior_kind: PriorKind = "images"
+    """The target of the prior term: the class-prior images, or the frozen teacher's prediction on them."""
+
+    def frame_of(self, photo: Size) -> Size:
+        """The frame in which a photo of this size is shown."""
+        return nearest_frame(photo, self.frames or [(self.resolution, self.resolution)])
 
     def trains_text(self, backbone: Backbone) -> bool:
         """Whether the embeddings of prompts change while training."""
@@ -84,6 +98,8 @@ class Run:
     seed: int
     super_resolution: Run | None = None
     """The same subject on the backbone that enlarges this one's images, when a cascade is trained."""
+    captions: tuple[str, ...] = ()
+    """The prompt of each instance image; without captions all carry the instance prompt."""
 
     @cached_property
     def key(self) -> str:
@@ -119,6 +135,11 @@ class Run:
     def class_prompt(self) -> str:
         """a [class noun]."""
         return class_prompt(self.class_noun)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt of each instance image."""
+        return self.captions or (self.instance_prompt,) * len(self.images)
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-like form."""

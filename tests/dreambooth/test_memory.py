@@ -167,6 +167,16 @@ def test_offloading_moves_to_the_host_and_loses_nothing(backbone: Backbone, zero
     assert there.total + there.offloaded == here.total
 
 
+@pytest.mark.parametrize(("precision", "each"), [("fp32", 4), ("bf16", 2)])
+def test_a_teacher_lies_whole_on_every_device(backbone: Backbone, precision: str, each: int) -> None:
+    options: dict[str, Any] = {"zero_stage": 3, "workers": 4, "offload": "cpu", "precision": precision}
+    trained = all_trained(backbone, True)
+    alone, taught = plan(backbone, trained, **options), plan(backbone, trained, teacher=True, **options)
+    held = sum(parameter.numel() * each for parameter in backbone.load("unet").parameters())
+    assert taught.total - alone.total == taught.frozen == held
+    assert taught.offloaded == alone.offloaded
+
+
 def test_planning_reads_no_weights(small_sdxl: Path, tmp_path: Path) -> None:
     for file in small_sdxl.rglob("*"):
         copy = tmp_path / file.relative_to(small_sdxl)

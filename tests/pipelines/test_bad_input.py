@@ -76,6 +76,18 @@ def _rename_pipeline(backbone: Path) -> None:
     index.write_text(index.read_text().replace("StableDiffusionXLPipeline", "FluxPipeline"))
 
 
+def _captions(caption: str | None, *says: str, more: tuple[str, ...] = ()) -> Bad:
+    """Good captions for all photos but one."""
+
+    def make(folder: Path, _: Path) -> tuple[list[str], list[str]]:
+        for number, text in enumerate(["a {subject} here", caption, "a {subject} there"]):
+            if text is not None:
+                (folder / f"{number}.txt").write_text(text)
+        return ["--images", str(folder), "--class-noun", "mug", "--captions", *more], list(says)
+
+    return make
+
+
 BAD_INPUT: dict[str, Bad] = {
     "no such folder": _images("{folder}/nowhere", "nowhere"),
     "no images in the folder": _images("{folder}/../empty", "empty"),
@@ -132,6 +144,23 @@ BAD_INPUT: dict[str, Bad] = {
     ),
     "images beside a manifest": _option("--manifest", "m.yaml", says=("--manifest", "--images")),
     "a manifest that is not there": lambda *_: (["--manifest", "nowhere.yaml"], ["nowhere.yaml"]),
+    "a photo without its caption": _captions(None, "1.png", "no caption", "1.txt"),
+    "a caption that does not name the subject": _captions("a mug on a table", "1.txt", "{subject}"),
+    "a caption with an unknown placeholder": _captions("a {subject} on a {thing}", "1.png", "{thing}"),
+    "a caption that is too long": _captions("a {subject} on a table " * 20, "1.png", "tokens"),
+    "buckets at a side that has none": _option("--buckets", "--resolution", "8", says=("--buckets", "multiples of 8")),
+    "square enlargements of what is not square": _option(
+        "--buckets", "--super-resolution", "x", says=("--buckets", "--super-resolution")
+    ),
+    "a teacher without a term": _option(
+        "--prior-kind", "teacher", "--prior-weight", "0", says=("--prior-kind teacher", "--prior-weight 0")
+    ),
+    "a teacher of a super-resolution stage": _option(
+        "--prior-kind", "teacher", "--super-resolution", "x", says=("--prior-kind teacher", "--super-resolution")
+    ),
+    "a teacher of Textual Inversion": _option(
+        "--prior-kind", "teacher", "--method", "textual-inversion", says=("--prior-kind teacher", "textual-inversion")
+    ),
     "an unwritable store": lambda folder, _: (
         ["--images", str(folder), "--class-noun", "mug", "--store", str(folder / "0.png" / "store")],
         ["store", "0.png", "cannot be written"],

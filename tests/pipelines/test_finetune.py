@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from dreambooth.store import SubjectStore
-from pipelines.batches import Batches
+from pipelines.batches import Batches, joined
 from pipelines.checkpoints import read_checkpoint
 from pipelines.console import Display
 from pipelines.finetune import Trainable, finetune, groups
@@ -163,7 +163,7 @@ def test_offset_noise_moves_each_channel_by_one_number(prepared: tuple[SubjectSt
     assert path is not None
     backbone = store.open_backbone(run.backbone)
     offset = replace(run, training=replace(run.training, offset_noise=0.1))
-    plain, moved = (Batches(one, backbone, path).rows(5, range(3))["epsilon"] for one in (run, offset))
+    plain, moved = (joined(Batches(one, backbone, path).rows(5, range(3))).epsilon for one in (run, offset))
     difference = moved - plain
     per_channel = difference.mean((2, 3))
     assert (difference - per_channel[:, :, None, None]).abs().max() < 1e-6

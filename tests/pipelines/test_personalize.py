@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,33 @@ def test_textual_inversion_publishes_a_few_kilobytes_that_diffusers_reads(
     )
     assert np.abs(drawn.images[0] - published_sample(version, 1) / 255).max() < 0.01
     assert not list(tmp_path.glob("priors/*"))
+
+
+@pytest.mark.slow
+def test_captions_views_buckets_and_a_teacher_go_into_a_version_together(
+    photos: Path, small_sdxl: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(photos, tmp_path / "mug"))
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"a {{subject}} on table {number}")
+    done = personalize(
+        *("--images", folder, "--class-noun", "mug", "--backbone", small_sdxl, "--store", tmp_path / "store"),
+        *("--captions", "--flip", "--random-crop", "--buckets", "--prior-kind", "teacher", "--learning-rate", "1e-4"),
+        *("--train-text-encoder", "--zero-stage", "3", "--sample-prompts", "{subject} in the snow"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [version] = SubjectStore(tmp_path / "store").versions("mug")
+    run = version.manifest["run"]
+    assert run["captions"] == [f"a {run['identifier']} mug on table {number}" for number in range(3)]
+    assert version.components == ["text_encoder", "text_encoder_2", "unet"]
+    assert all(changed(small_sdxl, version, "unet"))
+    [events] = (tmp_path / "store").glob("runs/*/tensorboard/events.*")
+    seen = EventAccumulator(str(events.parent)).Reload()
+    # Until the first update the network is its own teacher.
+    first, *later = (point.value for point in seen.Scalars("loss/prior"))
+    assert first < 1e-10
+    assert all(value > 1e-9 for value in later)
+    assert np.array_equal(draw_with_plain_diffusers(small_sdxl, version, 0), published_sample(version, 0))
 
 
 @pytest.fixture
