@@ -23,7 +23,14 @@ RATE = 1e-2
 def training(**chosen: Any) -> Training:
     """Settings for an engine, `chosen` and else plain."""
     settings: dict[str, Any] = {
-        **{"trained": ("unet",), "resolution": 32, "steps": 10, "schedule": "constant", "warmup_steps": 0},
+        **{
+            "method": "dreambooth",
+            "trained": ("unet",),
+            "resolution": 32,
+            "steps": 10,
+            "schedule": "constant",
+            "warmup_steps": 0,
+        },
         **{"learning_rate": RATE, "text_encoder_learning_rate": 0.0, "batch": 4, "gradient_accumulation": 1},
         **{"prior_weight": 0.0, "prior_images": 0, "min_snr_gamma": None, "offset_noise": 0.0, "ema_decay": 0.0},
         **{"weight_decay": 1e-2, "max_grad_norm": 1.0, "optimizer": "adamw", "precision": "fp32"},
