@@ -103,8 +103,8 @@ def step_loss(
         prior = halves[1]
         targets[1] = teacher(schedule.add_noise(prior.x, prior.epsilon, prior.t), prior.t, prior.conditioning)
     predictions: list[Tensor] = []
-    # Photos that are not square take a pass of their own: of the options, not of a step's shapes, as ZeRO stage 3
-    # gathers weights in every pass and all ranks must make the same.
+    # Photos in frames of their own take a pass of their own, in steps of squares too: ZeRO stage 3 gathers the weights
+    # anew in every pass, so the passes of all steps and ranks must be the same.
     for rows in halves if training.frames else [joined(halves)]:
         z_t = schedule.add_noise(rows.x, rows.epsilon, rows.t).to(DTYPES[training.precision])
         predictions += engine(z_t, rows.t, rows.conditioning, rows.ids).split(len(halves[0].t))
