@@ -14,13 +14,14 @@ from torch import Tensor
 
 from dreambooth.store import SubjectStore
 from pipelines.batches import Batches, joined
-from pipelines.checkpoints import read_checkpoint
+from pipelines.checkpoints import final_checkpoint
 from pipelines.console import Display
-from pipelines.finetune import Trainable, finetune, groups
+from pipelines.finetune import finetune
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
 from pipelines.run import Run
+from pipelines.steps import Trainable, groups
 from pipelines.training_set import encode_training_sets, location_of
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -55,10 +56,10 @@ def train(prepared: tuple[SubjectStore, Run]) -> Callable[..., State]:
         run = replace(base, training=replace(base.training, **(training or {})), lane=replace(base.lane, **lane))
         if run.key not in trained:
             location_of(store, run).write_bytes(location_of(store, base).read_bytes())
-            checkpoint = finetune(store, run, checkpoint_every=3, display=Display())
-            assert checkpoint.local is not None
-            step, trained[run.key] = read_checkpoint(checkpoint.local)
-            assert step == run.training.steps
+            assert finetune(store, [run], checkpoint_every=3, display=Display()) == {}
+            checkpoint = final_checkpoint(store, run)
+            assert checkpoint is not None
+            trained[run.key] = checkpoint.read()
         return trained[run.key]
 
     return train
@@ -135,7 +136,7 @@ def test_previews_are_drawn_beside_the_training(prepared: tuple[SubjectStore, Ru
     store, base = prepared
     run = replace(base, training=replace(base.training, steps=400), lane=replace(base.lane, workers=1))
     location_of(store, run).write_bytes(location_of(store, base).read_bytes())
-    finetune(store, run, checkpoint_every=50, display=Display(), previews=True)
+    finetune(store, [run], checkpoint_every=50, display=Display(), previews=True)
     folder = (store.root / "runs" / run.key / "previews").local
     assert folder is not None
     drawn = sorted(folder.glob("*.png"))
