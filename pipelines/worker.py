@@ -10,7 +10,7 @@ import gc
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dreambooth.backbones import Backbone
 from dreambooth.sampling import DTYPES
 from dreambooth.store import SubjectStore
 from dreambooth.teacher import Teacher
@@ -36,45 +37,57 @@ if TYPE_CHECKING:
 _FLUSH_EVERY = 5
 
 
+Report = Callable[[int, int, list[dict[str, float]]], None]
+"""Called on every rank with a run's number, the first step of some that are done, and their measures."""
+
+
 def train_lane(config: dict[str, Any]) -> None:
     """What one rank of a lane does: take runs from the queue and train them until there are none left."""
     from pipelines.console import quiet_libraries
 
     quiet_libraries()
     runs: Sequence[Run] = config["runs"]
-    rank = ray.train.get_context().get_world_rank()
+    lane, queue, log = config["lane"], config["queue"], config["log"]
     if not torch.cuda.is_available():
         torch.set_num_threads(runs[0].lane.cpus_per_worker)
-    worker = _Worker(config, rank)
-    while (number := worker.agree(lambda: ray.get(config["queue"].take.remote(config["lane"])))) is not None:
+    rank = ray.train.get_context().get_world_rank()
+
+    def report(number: int, first: int, rows: list[dict[str, float]]) -> None:
+        if rank == 0:
+            log.add.remote(number, first, rows)
+        ray.train.report({"run": runs[number].key, "step": first + len(rows) - 1, **rows[-1]})
+
+    worker = Worker(SubjectStore(config["store"]), config["checkpoint_every"], report)
+    while (number := worker.agree(lambda: ray.get(queue.take.remote(lane)))) is not None:
         failure = None
         try:
             worker.train(number, runs[number])
         except ArithmeticError as error:  # of the run alone, and seen by all ranks alike: the lane goes on
             failure = str(error)
         except Exception as error:
-            ray.get(config["queue"].failing.remote(config["lane"], f"{type(error).__name__}: {error}"))
+            ray.get(queue.failing.remote(lane, f"{type(error).__name__}: {error}"))
             raise
         if rank == 0:
-            ray.get(config["queue"].finish.remote(config["lane"], failure))
+            ray.get(queue.finish.remote(lane, failure))
 
 
-class _Worker:
-    """One rank, with what it keeps from one run to the next."""
+class Worker:
+    """One rank of a process group, with what it keeps from one run to the next."""
 
-    def __init__(self, config: dict[str, Any], rank: int) -> None:
-        self._store, self._log, self._every = SubjectStore(config["store"]), config["log"], config["checkpoint_every"]
-        self._rank, self._world = rank, dist.get_world_size()
+    def __init__(self, store: SubjectStore, checkpoint_every: int, report: Report) -> None:
+        """Join the group, which is there already."""
+        self._store, self._every, self._report = store, checkpoint_every, report
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._attempt = self.agree(lambda: uuid.uuid4().hex[:12])
-        self._kept: tuple[Any, dict[str, nn.Module]] | None = None
+        self._kept: tuple[Backbone, dict[str, nn.Module]] | None = None
 
-    def agree(self, decide: Any) -> Any:
+    def agree(self, decide: Callable[[], Any]) -> Any:
         """What rank 0 decides, on all ranks."""
         decision = [decide() if self._rank == 0 else None]
         dist.broadcast_object_list(decision)
         return decision[0]
 
-    def _networks(self, run: Run) -> tuple[Any, dict[str, nn.Module]]:
+    def _networks(self, run: Run) -> tuple[Backbone, dict[str, nn.Module]]:
         """The run's backbone and its networks, loaded when the lane is new to them."""
         if self._kept is None or self._kept[0].hash != run.backbone:
             backbone = self._store.open_backbone(run.backbone)
@@ -118,7 +131,7 @@ class _Worker:
         self,
         number: int,
         run: Run,
-        backbone: Any,
+        backbone: Backbone,
         engine: Any,
         average: Average | None,
         teacher: Teacher | None,
@@ -144,11 +157,7 @@ class _Worker:
                 if due or len(pending) == _FLUSH_EVERY:
                     rows = measures_of(pending, step, run, time.monotonic() - flushed)
                     pending, flushed = [], time.monotonic()
-                    if self._rank == 0:
-                        self._log.add.remote(number, step - len(rows) + 1, rows)
-                        ray.train.report({"run": run.key, "step": step, **rows[-1]})
-                    else:
-                        ray.train.report({})
+                    self._report(number, step - len(rows) + 1, rows)
                 if due:
                     writer.write(_state(engine, average, final), step)
         writer.wait()

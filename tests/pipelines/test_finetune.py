@@ -131,6 +131,26 @@ def test_the_moving_average_of_the_weights_is_published(
     assert largest_difference(average, after) > 1e-4
 
 
+def test_a_lane_trains_runs_one_after_another_as_if_each_were_alone(
+    train: Callable[..., State], prepared: tuple[SubjectStore, Run]
+) -> None:
+    store, base = prepared
+    expected = [train(zero_stage=2), train({"learning_rate": 2e-3})]
+    others = [{}, {"learning_rate": 1e30}, {"learning_rate": 2e-3}]
+    # Other samples of the finished model make them runs of their own; what is trained is the same.
+    runs = [replace(base, training=replace(base.training, **other), sample_prompts=("in a lane",)) for other in others]
+    for run in runs:
+        location_of(store, run).write_bytes(location_of(store, base).read_bytes())
+    untrained = finetune(store, runs, checkpoint_every=3, display=Display(), lanes=1)
+    assert untrained.keys() == {runs[1].key}
+    assert "is not finite at step" in untrained[runs[1].key]
+    for run, alone in zip([runs[0], runs[2]], expected, strict=True):
+        checkpoint = final_checkpoint(store, run)
+        assert checkpoint is not None
+        trained = checkpoint.read()
+        assert [name for name in alone if not torch.equal(trained[name], alone[name])] == []
+
+
 @pytest.mark.slow
 def test_previews_are_drawn_beside_the_training(prepared: tuple[SubjectStore, Run]) -> None:
     store, base = prepared
