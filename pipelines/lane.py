@@ -28,8 +28,11 @@ def make_lane(options: Options, preset: MachinePreset | None) -> Lane:
     zero_stage = preset.zero_stage if preset else 2
     if chosen.zero_stage is not None:
         zero_stage = chosen.zero_stage
+    workers = chosen.workers or workers
+    if chosen.min_workers is not None and chosen.min_workers > workers:
+        raise ValueError(f"--min-workers {chosen.min_workers} is more than --workers {workers}: give fewer, or none")
     return Lane(
-        workers=chosen.workers or workers,
+        workers=workers,
         cpus_per_worker=chosen.cpus_per_worker,
         gpus_per_worker=gpus,
         zero_stage=zero_stage,

@@ -136,6 +136,10 @@ class ClusterOptions:
     """Defaults for GPUs of this number and memory, here and for steps, batch and precision; other options win."""
     workers: int | None = None
     """Training workers. By default the preset's, or one a local GPU, or else 2 on the CPU."""
+    min_workers: int | None = None
+    """Go on with so few training workers when nodes are lost, and with more when they come back. By default all."""
+    lanes: int | None = None
+    """Groups of workers that train subjects side by side. By default as many as the cluster has room for."""
     cpus_per_worker: int = 1
     """CPU cores of a worker; on the CPU also its threads."""
     gpus_per_worker: float | None = None

@@ -32,7 +32,15 @@ from pipelines.subjects import identifier_of, photo_prompts, read_subject, subje
 _POSITIVE = (
     *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
     "text_encoder_learning_rate",
-    *("gradient_accumulation", "min_snr_gamma", "checkpoint_every", "workers", "cpus_per_worker"),
+    *(
+        "gradient_accumulation",
+        "min_snr_gamma",
+        "checkpoint_every",
+        "workers",
+        "min_workers",
+        "lanes",
+        "cpus_per_worker",
+    ),
     *("device_memory", "sample_steps"),
 )
 _NOT_NEGATIVE = (

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import time
-from json import JSONDecodeError
 from typing import Any
 
 import numpy as np
 import ray
 from PIL import Image
 from ray.exceptions import RayError
-from safetensors import SafetensorError
-from torch import Tensor
 
 from dreambooth.contact_sheet import Row, contact_sheet
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
-from pipelines.checkpoints import fetch_checkpoint
+from pipelines.checkpoints import Checkpoint, last_checkpoint
 from pipelines.console import Display
 from pipelines.run import Run
 
@@ -31,32 +27,26 @@ class PreviewArtist:
     def __init__(self, store_uri: str, run: Run) -> None:
         """Draw nothing yet."""
         self._store, self._run = SubjectStore(store_uri), run
-        self._seen: set[str] = set()
+        self._seen = 0
 
     def draw(self) -> tuple[int, bytes]:
         """Wait for a checkpoint that is new, and draw the run's sample prompts with it: its step, and a PNG file."""
         from pipelines.trained import TrainedStage
 
-        step, state = self._next_checkpoint()
-        stage = TrainedStage(self._store, self._run, state)
+        found = self._next_checkpoint()
+        stage = TrainedStage(self._store, self._run, found.read())
         prompts = self._run.sample_prompts
         drawn = [stage.draw(prompt, self._run.seed + number, [])[0] for number, prompt in enumerate(prompts)]
         file = io.BytesIO()
-        title = f"{self._run.subject}@{self._run.version}, step {step} of {self._run.training.steps}"
+        title = f"{self._run.subject}@{self._run.version}, step {found.step} of {self._run.training.steps}"
         contact_sheet(title, [Row("Samples", drawn, prompts)]).save(file, "PNG")
-        return step, file.getvalue()
+        return found.step, file.getvalue()
 
-    def _next_checkpoint(self) -> tuple[int, dict[str, Tensor]]:
-        folder = self._store.root / "runs" / self._run.key / "finetune"
-        while True:
-            names = [name for name in folder.names() if name.startswith("checkpoint_")]
-            if names and (newest := max(names)) not in self._seen:
-                # What cannot be read is half written, or gone for a newer one: it is looked for again.
-                with contextlib.suppress(OSError, JSONDecodeError, SafetensorError):
-                    found = fetch_checkpoint(folder / newest)
-                    self._seen.add(newest)
-                    return found
+    def _next_checkpoint(self) -> Checkpoint:
+        while (found := last_checkpoint(self._store, self._run)) is None or found.step <= self._seen:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
+        self._seen = found.step
+        return found
 
 
 class Previews:

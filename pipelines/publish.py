@@ -18,10 +18,9 @@ from PIL import Image
 from dreambooth.backbones import Backbone
 from dreambooth.contact_sheet import Row, contact_sheet
 from dreambooth.prior_set import PriorSet
-from dreambooth.storage import Location
 from dreambooth.store import SubjectStore, Version
 from dreambooth.subject import Subject, read_image
-from pipelines.checkpoints import fetch_checkpoint
+from pipelines.checkpoints import Checkpoint
 from pipelines.console import Display, Stage
 from pipelines.run import PlannedSubject, Run
 from pipelines.trained import TrainedStage
@@ -30,7 +29,9 @@ _PRIORS_SHOWN = 6
 _SUPER_RESOLUTION = "super_resolution"
 
 
-def publish(store: SubjectStore, planned: PlannedSubject, checkpoints: Sequence[Location], display: Display) -> Version:
+def publish(
+    store: SubjectStore, planned: PlannedSubject, checkpoints: Sequence[Checkpoint], display: Display
+) -> Version:
     """Draw the sample prompts with the trained weights and publish everything as the run's version.
 
     `checkpoints` has one for each of the run's stages.
@@ -54,10 +55,10 @@ def _publish(publisher: Any, planned: PlannedSubject, stage: Stage) -> Version:
 class _Publisher:
     """An actor on a worker's resources: it holds the trained pipelines, draws, and publishes."""
 
-    def __init__(self, store_uri: str, run: Run, checkpoints: Sequence[Location]) -> None:
+    def __init__(self, store_uri: str, run: Run, checkpoints: Sequence[Checkpoint]) -> None:
         self._store, self._run = SubjectStore(store_uri), run
         self._stages = [
-            TrainedStage(self._store, stage, fetch_checkpoint(checkpoint)[1])
+            TrainedStage(self._store, stage, checkpoint.read())
             for stage, checkpoint in zip(run.stages, checkpoints, strict=True)
         ]
         self._samples: list[Image.Image] = []

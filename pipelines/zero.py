@@ -34,21 +34,22 @@ LOSS_SCALER = "loss_scaler"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
-    """DeepSpeed's configuration, the user's settings over ours.
+def engine_config(training: Training, lane: Lane, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world` workers, the user's settings over ours.
 
     Clipping belongs here: done before the engine's step it would see shards.
     """
-    micro_batch = training.batch // (lane.workers * training.gradient_accumulation)
+    micro_batches = lane.workers * training.gradient_accumulation
+    micro_batch, passes = training.batch // micro_batches, math.ceil(micro_batches / world)
     zero: dict[str, Any] = {"stage": lane.zero_stage}
     if lane.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
         if lane.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
-        "train_batch_size": training.batch,
+        "train_batch_size": micro_batch * passes * world,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": training.gradient_accumulation,
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
@@ -57,7 +58,7 @@ def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
         "fp16": {"enabled": training.precision == "fp16", "hysteresis": 1},
         "steps_per_print": 10**9,
     }
-    if training.precision != "fp32" and training.gradient_accumulation > 1:
+    if training.precision != "fp32" and passes > 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return merged(config, lane.deepspeed)
 
@@ -70,7 +71,8 @@ def start_engine(module: nn.Module, groups: Sequence[dict[str, Any]], training: 
     compile_ops()
     masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = make_optimizer(groups, training, lane)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(training, lane))
+    config = engine_config(training, lane, dist.get_world_size())
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if training.precision != "fp32":
         # DeepSpeed makes the masters from weights that it has rounded already.
         for name, parameter in engine.module.named_parameters():

@@ -23,12 +23,12 @@ from dreambooth.streams import integer, normal, shuffled
 from dreambooth.subject import read_image
 from dreambooth.views import centre_view
 from pipelines.batches import Batches
-from pipelines.finetune import Trainable, step_loss
 from pipelines.options import parse
 from pipelines.personalize import main
 from pipelines.plan import make_plan
 from pipelines.priors import ClassPriorSampler
 from pipelines.run import PlannedSubject, Run
+from pipelines.steps import Trainable, step_loss
 from pipelines.training_set import TrainingSetEncoder, location_of
 from tests.pipelines.test_personalize import changed, personalize, published_sample
 

@@ -23,8 +23,8 @@ def written(folder: Path, settings: Any, name: str = "deepspeed.json") -> str:
 
 def test_settings_are_laid_over_ours_object_by_object() -> None:
     settings = {"zero_optimization": {"reduce_bucket_size": 1000}, "aio": {"thread_count": 2}}
-    config = engine_config(training(), lane(deepspeed=settings))
-    assert config == merged(engine_config(training(), lane()), settings)
+    config = engine_config(training(), lane(deepspeed=settings), 1)
+    assert config == merged(engine_config(training(), lane(), 1), settings)
     assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
     assert config["gradient_clipping"] == 1.0
 

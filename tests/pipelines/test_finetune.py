@@ -14,13 +14,14 @@ from torch import Tensor
 
 from dreambooth.store import SubjectStore
 from pipelines.batches import Batches, joined
-from pipelines.checkpoints import read_checkpoint
+from pipelines.checkpoints import final_checkpoint
 from pipelines.console import Display
-from pipelines.finetune import Trainable, finetune, groups
+from pipelines.finetune import finetune
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
 from pipelines.run import Run
+from pipelines.steps import Trainable, groups
 from pipelines.training_set import encode_training_sets, location_of
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -55,10 +56,10 @@ def train(prepared: tuple[SubjectStore, Run]) -> Callable[..., State]:
         run = replace(base, training=replace(base.training, **(training or {})), lane=replace(base.lane, **lane))
         if run.key not in trained:
             location_of(store, run).write_bytes(location_of(store, base).read_bytes())
-            checkpoint = finetune(store, run, checkpoint_every=3, display=Display())
-            assert checkpoint.local is not None
-            step, trained[run.key] = read_checkpoint(checkpoint.local)
-            assert step == run.training.steps
+            assert finetune(store, [run], checkpoint_every=3, display=Display()) == {}
+            checkpoint = final_checkpoint(store, run)
+            assert checkpoint is not None
+            trained[run.key] = checkpoint.read()
         return trained[run.key]
 
     return train
@@ -130,12 +131,32 @@ def test_the_moving_average_of_the_weights_is_published(
     assert largest_difference(average, after) > 1e-4
 
 
+def test_a_lane_trains_runs_one_after_another_as_if_each_were_alone(
+    train: Callable[..., State], prepared: tuple[SubjectStore, Run]
+) -> None:
+    store, base = prepared
+    expected = [train(zero_stage=2), train({"learning_rate": 2e-3})]
+    others = [{}, {"learning_rate": 1e30}, {"learning_rate": 2e-3}]
+    # Other samples of the finished model make them runs of their own; what is trained is the same.
+    runs = [replace(base, training=replace(base.training, **other), sample_prompts=("in a lane",)) for other in others]
+    for run in runs:
+        location_of(store, run).write_bytes(location_of(store, base).read_bytes())
+    untrained = finetune(store, runs, checkpoint_every=3, display=Display(), lanes=1)
+    assert untrained.keys() == {runs[1].key}
+    assert "is not finite at step" in untrained[runs[1].key]
+    for run, alone in zip([runs[0], runs[2]], expected, strict=True):
+        checkpoint = final_checkpoint(store, run)
+        assert checkpoint is not None
+        trained = checkpoint.read()
+        assert [name for name in alone if not torch.equal(trained[name], alone[name])] == []
+
+
 @pytest.mark.slow
 def test_previews_are_drawn_beside_the_training(prepared: tuple[SubjectStore, Run]) -> None:
     store, base = prepared
     run = replace(base, training=replace(base.training, steps=400), lane=replace(base.lane, workers=1))
     location_of(store, run).write_bytes(location_of(store, base).read_bytes())
-    finetune(store, run, checkpoint_every=50, display=Display(), previews=True)
+    finetune(store, [run], checkpoint_every=50, display=Display(), previews=True)
     folder = (store.root / "runs" / run.key / "previews").local
     assert folder is not None
     drawn = sorted(folder.glob("*.png"))

@@ -14,13 +14,14 @@ from dreambooth.sampling import DTYPES
 from dreambooth.store import SubjectStore
 from dreambooth.teacher import Teacher
 from pipelines.batches import Batches
-from pipelines.checkpoints import read_checkpoint
+from pipelines.checkpoints import final_checkpoint
 from pipelines.console import Display
-from pipelines.finetune import Trainable, finetune, groups, step_loss
+from pipelines.finetune import finetune
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
 from pipelines.run import Run
+from pipelines.steps import Trainable, groups, step_loss
 from pipelines.training_set import encode_training_sets, location_of
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -98,9 +99,10 @@ def test_halves_of_two_shapes_train_as_in_a_plain_loop(
     lane = replace(base.lane, zero_stage=zero_stage, workers=workers)
     run = replace(base, training=replace(base.training, **more), lane=lane)
     location_of(store, run).write_bytes(location_of(store, base).read_bytes())
-    checkpoint = finetune(store, run, checkpoint_every=3, display=Display())
-    assert checkpoint.local is not None
-    _, trained = read_checkpoint(checkpoint.local)
+    assert finetune(store, [run], checkpoint_every=3, display=Display()) == {}
+    checkpoint = final_checkpoint(store, run)
+    assert checkpoint is not None
+    trained = checkpoint.read()
     before, after = plain_loop
     assert trained.keys() == after.keys()
     # Adam's first steps have size lr whatever the gradient: rounding in near-zero gradients shows up to this size.

@@ -24,12 +24,12 @@ from dreambooth.subject import read_image
 from dreambooth.teacher import Teacher
 from dreambooth.views import View, views
 from pipelines.batches import Batches
-from pipelines.finetune import Trainable, step_loss
 from pipelines.options import parse
 from pipelines.personalize import main
 from pipelines.plan import Plan, make_plan
 from pipelines.priors import ClassPriorSampler
 from pipelines.run import PlannedSubject, Run
+from pipelines.steps import Trainable, step_loss
 from pipelines.training_set import TrainingSetEncoder, location_of
 
 CAPTIONS = ("a {subject} on a table", "a photo of a {subject}", "a {subject} on a table", "two cups and a {subject}")
