@@ -87,18 +87,32 @@ def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -
     return prior_preservation_loss(prediction, target, weight, rows["instances"], run.training.prior_weight)
 
 
+def train_step(engine: Any, run: Run, backbone: Backbone, batches: Batches, step: int) -> Tensor | None:
+    """Do update `step`, counted from 0, of this rank: instance term, prior term and gradient norm (3,), or None.
+
+    None says that the gradients overflowed fp16: nothing was updated, and the step is to be done again.
+    """
+    from pipelines.zero import gradient_norm, overflowed, set_learning_rate
+
+    accumulated, rank, world = run.training.gradient_accumulation, dist.get_rank(), dist.get_world_size()
+    micro_batch = run.training.batch // (world * accumulated)
+    set_learning_rate(engine, _rate_factor(run.training, step))
+    terms = torch.zeros(2, device=engine.device)
+    for micro_step in range(accumulated):
+        start = (micro_step * world + rank) * micro_batch
+        loss = step_loss(engine, run, backbone, batches.rows(step, range(start, start + micro_batch)))
+        engine.backward(loss.total)
+        engine.step()
+        terms += torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
+    if overflowed(engine):
+        return None
+    return torch.cat([terms / accumulated, gradient_norm(engine)[None]])
+
+
 def train_worker(config: dict[str, Any]) -> None:
     """What one rank of the lane does: load the backbone, resume, train to the last step, checkpoint."""
     from pipelines.console import quiet_libraries
-    from pipelines.zero import (
-        Average,
-        gradient_norm,
-        overflowed,
-        restore,
-        restore_average,
-        set_learning_rate,
-        start_engine,
-    )
+    from pipelines.zero import Average, restore, restore_average, start_engine
 
     quiet_libraries()
     run: Run = config["run"]
@@ -136,20 +150,11 @@ def train_worker(config: dict[str, Any]) -> None:
         batches = Batches(run, backbone, path)
         pending: list[Tensor] = []
         flushed = time.monotonic()
-        micro_batch = run.training.batch // (world * run.training.gradient_accumulation)
         while step < run.training.steps:
-            set_learning_rate(engine, _rate_factor(run.training, step))
-            terms = torch.zeros(2, device=engine.device)
-            for micro_step in range(run.training.gradient_accumulation):
-                start = (micro_step * world + rank) * micro_batch
-                loss = step_loss(engine, run, backbone, batches.rows(step, range(start, start + micro_batch)))
-                engine.backward(loss.total)
-                engine.step()
-                terms += torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
-            if overflowed(engine):
+            measures = train_step(engine, run, backbone, batches, step)
+            if measures is None:
                 continue  # the same step again, so that every step updates the weights once
-            terms /= run.training.gradient_accumulation
-            pending.append(torch.cat([terms, gradient_norm(engine)[None]]))
+            pending.append(measures)
             step += 1
             if average is not None:
                 average.update(step)
