@@ -136,15 +136,15 @@ def train_worker(config: dict[str, Any]) -> None:
         module.load_state_dict({name: state[f"param.{name}"] for name, _ in module.named_parameters()}, strict=False)
         if step == run.training.steps:
             return
-    engine = start_engine(module, module.groups(run.training), run.training, run.lane)
-    average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
-    if state:
-        restore(engine, state, step)
-        if average is not None:
-            restore_average(engine, average, state)
-        del state
+    with tempfile.TemporaryDirectory(dir=config["nvme_path"]) as folder:
+        engine = start_engine(module, module.groups(run.training), run.training, run.lane, folder)
+        average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
+        if state:
+            restore(engine, state, step)
+            if average is not None:
+                restore_average(engine, average, state)
+            del state
 
-    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "training_set.safetensors"
         path.write_bytes(training_set.location_of(store, run).read_bytes())
         batches = Batches(run, backbone, path)
@@ -228,7 +228,9 @@ def result_of(store: SubjectStore, run: Run) -> Location:
     return store.root / "runs" / run.key / "trained.json"
 
 
-def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Display) -> Location:
+def finetune(
+    store: SubjectStore, run: Run, checkpoint_every: int, display: Display, nvme_path: str | None = None
+) -> Location:
     """Train a run to its last step, from its last checkpoint if it was killed; returns the final checkpoint."""
     marker = result_of(store, run)
     if marker.exists():
@@ -243,6 +245,7 @@ def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Disp
             "store": store.root.uri,
             "log": log,
             "checkpoint_every": checkpoint_every,
+            "nvme_path": nvme_path,
         },
         torch_config=TorchConfig(backend="nccl" if run.lane.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(

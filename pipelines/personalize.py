@@ -87,7 +87,8 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
             display.say(f"{run.subject}: {run.instance_prompt!r}, version {run.version}")
             try:
                 every = plan.options.training.checkpoint_every
-                checkpoints = [finetune(store, stage, every, display) for stage in run.stages]
+                disk = plan.options.cluster.nvme_path
+                checkpoints = [finetune(store, stage, every, display, disk) for stage in run.stages]
                 version = publish(store, planned, checkpoints, display)
             except Exception as error:  # whatever it is, it must not take the other subjects down
                 traceback.print_exc()

@@ -28,7 +28,7 @@ from dreambooth.prompts import class_prompt, default_samples, fill
 from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
 from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
-from pipelines.lane import GIB, check_engine, device_bytes, gpus_per_worker, make_lane
+from pipelines.lane import GIB, check_engine, check_nvme_path, device_bytes, gpus_per_worker, make_lane
 from pipelines.options import Options
 from pipelines.run import Lane, PlannedSubject, Run, Training
 
@@ -95,6 +95,7 @@ def make_plan(options: Options) -> Plan:
     if options.model.super_resolution is not None:
         stages.append(_super_resolution(options, backbone, training))
     lane = make_lane(options, _machine_preset(options, backbone))
+    check_nvme_path(options, lane)
     for stage in stages:
         check_engine(*stage, lane)
     memory = tuple(_memory(*stage, lane) for stage in stages)

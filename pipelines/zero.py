@@ -34,17 +34,18 @@ LOSS_SCALER = "loss_scaler"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
-    """DeepSpeed's configuration, the user's settings over ours.
+def engine_config(training: Training, lane: Lane, disk: str | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration, the user's settings over ours; `disk` is a folder for what is offloaded to one.
 
     Clipping belongs here: done before the engine's step it would see shards.
     """
     micro_batch = training.batch // (lane.workers * training.gradient_accumulation)
     zero: dict[str, Any] = {"stage": lane.zero_stage}
-    if lane.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
+    if lane.offload != "none":
+        place = {"device": lane.offload} | ({"nvme_path": disk} if lane.offload == "nvme" else {})
+        zero["offload_optimizer"] = place
         if lane.zero_stage == 3:
-            zero["offload_param"] = {"device": "cpu"}
+            zero["offload_param"] = place
     config: dict[str, Any] = {
         "train_batch_size": training.batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -62,15 +63,23 @@ def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
     return merged(config, lane.deepspeed)
 
 
-def start_engine(module: nn.Module, groups: Sequence[dict[str, Any]], training: Training, lane: Lane) -> Any:
+def start_engine(
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    training: Training,
+    lane: Lane,
+    disk: str | None = None,
+) -> Any:
     """Wrap `module` (float32, all of it trained) in an engine with an optimizer; float32 masters equal its weights now.
 
     `groups` are the optimizer's: the parameters of `module` with their `initial_lr`, by which `set_learning_rate` goes.
+    `disk` is an empty folder of this rank, for what is offloaded to a disk.
     """
-    compile_ops()
+    compile_ops(with_async_io=lane.offload == "nvme")
     masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = make_optimizer(groups, training, lane)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(training, lane))
+    config = engine_config(training, lane, disk)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if training.precision != "fp32":
         # DeepSpeed makes the masters from weights that it has rounded already.
         for name, parameter in engine.module.named_parameters():
@@ -180,11 +189,12 @@ def restore(engine: Any, state: Mapping[str, Tensor], step: int) -> None:
             set_state(plain, parameter, kept, step)
         return
     base = engine.optimizer.optimizer
-    for shard in _shards(engine):
-        # A fused AdamW wants its step beside the shard.
-        base.state[shard] = {"step": torch.tensor(float(step), device=shard.device)} | {
-            moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS
-        }
+    for number, shard in enumerate(_shards(engine)):
+        with _in_memory(engine, number):
+            # A fused AdamW wants its step beside the shard.
+            base.state[shard] = {"step": torch.tensor(float(step), device=shard.device)} | {
+                moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS
+            }
     _link_moments(engine)
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
@@ -211,6 +221,18 @@ def _loss_scaler(engine: Any) -> Any | None:
 def _plain_optimizer(engine: Any) -> torch.optim.Optimizer | None:
     """torch's optimizer where ZeRO stage 0 uses it as it is."""
     return engine.optimizer if isinstance(engine.optimizer, torch.optim.Optimizer) else None
+
+
+@contextmanager
+def _in_memory(engine: Any, shard: int) -> Iterator[None]:
+    """Have a shard, and the optimizer's state of it, in memory while the block runs, if they are on a disk."""
+    zero = engine.optimizer
+    swapped = hasattr(zero, "_swappable_optimizer_subgroup") and zero._swappable_optimizer_subgroup(shard)
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_in(shard)
+    yield
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_out(shard)
 
 
 def _shards(engine: Any) -> list[Tensor]:
