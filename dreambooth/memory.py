@@ -27,7 +27,7 @@ _SMALLEST_IN_8_BIT, _BLOCK_IN_8_BIT = 4096, 256
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device, by part, and the bytes that offloading moves to the host for each worker."""
+    """Bytes on one device, by part, and the bytes that offloading moves off it for each worker."""
 
     parameters: int
     """How many are trained."""
@@ -65,8 +65,8 @@ def plan_memory(
 
     Without any it is that of Textual Inversion: a few embeddings, and gradients through all networks into them.
     ZeRO 1 divides the optimizer states (float32 masters, the optimizer's moments and, with `ema`, an average) by the
-    number of workers, 2 the gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to
-    the host, and under 3 the weights. A `teacher`, a frozen copy of the denoiser, lies whole on every device.
+    number of workers, 2 the gradients too, 3 the weights too; offloading moves the states and gradients to the host
+    or its disk, and under 3 the weights. A `teacher`, a frozen copy of the denoiser, lies whole on every device.
     """
     dtype = DTYPES[precision]
     names = trained or (backbone.denoiser, *backbone.text_encoders)
@@ -91,7 +91,7 @@ def plan_memory(
     moments = sum(moment_bytes(shape, optimizer) for shape in shapes)
     states = (parameters * (masters + (4 if ema else 0)) + moments) // divisor[1]
     offloaded = 0
-    if offload == "cpu":
+    if offload != "none":
         offloaded = states + gradients + (weights if zero_stage == 3 else 0)
         weights, gradients, states = (0 if zero_stage == 3 else weights), 0, 0
     activations = activation_bytes(backbone, networks, rows, resolution, dtype)

@@ -66,7 +66,8 @@ def _describe_memory(plan: Plan, memory: MemoryPlan) -> Iterator[str]:
     for name in ("frozen", "weights", "gradients", "optimizer_states", "activations", "total"):
         yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
     if memory.offloaded:
-        yield f"  {'offloaded to host':18} {_size(memory.offloaded):>12}"
+        place = "offloaded to disk" if plan.lane.offload == "nvme" else "offloaded to host"
+        yield f"  {place:18} {_size(memory.offloaded):>12}"
     if plan.device_bytes is None:
         yield "  this machine sees no GPU: give --device-memory GIB to learn whether it fits"
     else:

@@ -38,6 +38,7 @@ def finetune(
     *,
     lanes: int | None = None,
     min_workers: int | None = None,
+    nvme_path: str | None = None,
     previews: bool = False,
 ) -> dict[str, str]:
     """Train runs of one lane and backbone to their last steps, from their last checkpoints if they were killed.
@@ -49,6 +50,7 @@ def finetune(
         display: where progress is shown.
         lanes: how many groups of workers; by default as many as the cluster has room for.
         min_workers: go on with so few workers when others are lost; by default none may be missing.
+        nvme_path: a folder on every node's own disk, for what is offloaded to one.
         previews: let an actor of its own draw samples of each checkpoint, if the cluster has room for it.
 
     Returns:
@@ -67,6 +69,7 @@ def finetune(
         config = {
             "runs": left,
             "store": store.root.uri,
+            "nvme_path": nvme_path,
             "log": log,
             "queue": queue,
             "checkpoint_every": checkpoint_every,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 import torch
@@ -41,6 +42,15 @@ def make_lane(options: Options, preset: MachinePreset | None) -> Lane:
     )
 
 
+def check_nvme_path(options: Options, lane: Lane) -> None:
+    """Raise ValueError unless a folder for offloading is given where, and only where, it is needed."""
+    path = options.cluster.nvme_path
+    if (lane.offload == "nvme") != (path is not None):
+        raise ValueError("--offload nvme and --nvme-path FOLDER need each other")
+    if path is not None and not Path(path).is_dir():
+        raise ValueError(f"--nvme-path {path} is no folder: it must be there on every node, on a disk of its own")
+
+
 def gpus_per_worker(options: Options) -> float:
     """GPUs of a worker: as many as asked for, or one where there is a preset or this machine has any."""
     if options.cluster.gpus_per_worker is not None:
@@ -63,6 +73,8 @@ def check_engine(backbone: Backbone, training: Training, lane: Lane) -> None:
     """Raise ValueError, naming the option, unless DeepSpeed can train so and its state can be saved and read back."""
     if lane.offload != "none" and lane.zero_stage == 0:
         raise ValueError(f"--offload {lane.offload} needs --zero-stage 1, 2 or 3")
+    if lane.offload == "nvme":
+        _check_nvme(training, lane)
     _check_optimizer(training, lane)
     if training.precision != "fp32" and lane.zero_stage == 0:
         raise ValueError(
@@ -70,6 +82,20 @@ def check_engine(backbone: Backbone, training: Training, lane: Lane) -> None:
         )
     if training.precision == "fp16":
         _check_fp16(backbone, training, lane)
+
+
+def _check_nvme(training: Training, lane: Lane) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if lane.zero_stage != 3:
+        raise ValueError(f"--offload nvme needs --zero-stage 3: under {lane.zero_stage} DeepSpeed would not do it")
+    if training.ema_decay:
+        raise ValueError("--offload nvme keeps no average of weights that are not in memory: leave out --ema-decay")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "--offload nvme needs DeepSpeed's asynchronous I/O, which cannot be compiled here: install libaio's "
+            "headers (apt-get install libaio-dev) on every node, or use --offload cpu"
+        )
 
 
 def _check_optimizer(training: Training, lane: Lane) -> None:

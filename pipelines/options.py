@@ -147,8 +147,11 @@ class ClusterOptions:
     cluster does."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too. By default the preset's, or 2."""
-    offload: Literal["none", "cpu"] | None = None
-    """Keep optimizer states (and under stage 3 the weights) in host memory. By default as the preset says, or not."""
+    offload: Literal["none", "cpu", "nvme"] | None = None
+    """Keep optimizer states (and under stage 3 the weights) in host memory, or under stage 3 on a local disk. By
+    default as the preset says, or not."""
+    nvme_path: str | None = None
+    """Folder on every node's own disk, for --offload nvme; what is in it means nothing after the run."""
     deepspeed: str | None = None
     """JSON file of further settings in DeepSpeed's own form; what an option says is not its to say."""
     device_memory: float | None = None

@@ -115,6 +115,7 @@ def _train_round(plan: Plan, part: Sequence[PlannedSubject], display: Display) -
             display,
             lanes=chosen.cluster.lanes,
             min_workers=chosen.cluster.min_workers,
+            nvme_path=chosen.cluster.nvme_path,
             previews=chosen.training.previews,
         )
         failures |= {run.subject: untrained[run.key] for run in runs if run.key in untrained}

@@ -24,7 +24,7 @@ from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
 from dreambooth.subject import SubjectSpec
 from dreambooth.views import Size, bucket_frames, view_count
-from pipelines.lane import GIB, check_engine, device_bytes, gpus_per_worker, make_lane
+from pipelines.lane import GIB, check_engine, check_nvme_path, device_bytes, gpus_per_worker, make_lane
 from pipelines.options import Options
 from pipelines.run import Lane, PlannedSubject, Run, Training, subject_phrase
 from pipelines.subjects import identifier_of, photo_prompts, read_subject, subject_specs
@@ -100,6 +100,7 @@ def make_plan(options: Options) -> Plan:
     if options.model.super_resolution is not None:
         stages.append(_super_resolution(options, backbone, training))
     lane = make_lane(options, _machine_preset(options, backbone))
+    check_nvme_path(options, lane)
     for stage in stages:
         check_engine(*stage, lane)
     memory = tuple(_memory(*stage, lane) for stage in stages)

@@ -27,7 +27,7 @@ from dreambooth.teacher import Teacher
 from dreambooth.textual_inversion import TextualInversion
 from pipelines import training_set
 from pipelines.batches import Batches
-from pipelines.checkpoints import CheckpointWriter, last_checkpoint
+from pipelines.checkpoints import CheckpointWriter, State, last_checkpoint
 from pipelines.run import Run
 from pipelines.steps import groups, load_networks, measures_of, train_step, trainable
 
@@ -57,7 +57,7 @@ def train_lane(config: dict[str, Any]) -> None:
             log.add.remote(number, first, rows)
         ray.train.report({"run": runs[number].key, "step": first + len(rows) - 1, **rows[-1]})
 
-    worker = Worker(SubjectStore(config["store"]), config["checkpoint_every"], report)
+    worker = Worker(SubjectStore(config["store"]), config["checkpoint_every"], report, config["nvme_path"])
     while (number := worker.agree(lambda: ray.get(queue.take.remote(lane)))) is not None:
         failure = None
         try:
@@ -74,9 +74,11 @@ def train_lane(config: dict[str, Any]) -> None:
 class Worker:
     """One rank of a process group, with what it keeps from one run to the next."""
 
-    def __init__(self, store: SubjectStore, checkpoint_every: int, report: Report) -> None:
+    def __init__(
+        self, store: SubjectStore, checkpoint_every: int, report: Report, nvme_path: str | None = None
+    ) -> None:
         """Join the group, which is there already."""
-        self._store, self._every, self._report = store, checkpoint_every, report
+        self._store, self._every, self._report, self._nvme_path = store, checkpoint_every, report, nvme_path
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._attempt = self.agree(lambda: uuid.uuid4().hex[:12])
         self._kept: tuple[Backbone, dict[str, nn.Module]] | None = None
@@ -96,36 +98,44 @@ class Worker:
 
     def train(self, number: int, run: Run) -> None:
         """Train a run from its last checkpoint to its last step."""
-        from pipelines.zero import Average, restore, restore_average, start_engine
-
         found = self.agree(lambda: last_checkpoint(self._store, run))
         step, state = (0, {}) if found is None else (found.step, found.read())
         if step == run.training.steps:
             return
+        backbone, _ = self._networks(run)
+        with tempfile.TemporaryDirectory(dir=self._nvme_path) as disk:
+            engine, average = self._start(run, step, state, disk)
+            state = {}
+            teacher = None
+            if run.training.prior_kind == "teacher":
+                teacher = Teacher(backbone, DTYPES[run.training.precision], engine.device)
+            try:
+                self._train(number, run, backbone, engine, average, teacher, step)
+            finally:
+                engine.destroy()
+                del engine, average, teacher
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _start(self, run: Run, step: int, state: State, disk: str) -> tuple[Any, Average | None]:
+        """An engine with the base weights, or with the state of a checkpoint; and its moving average."""
+        from pipelines.zero import Average, restore, restore_average, start_engine
+
         backbone, networks = self._networks(run)
         module = trainable(run, backbone, networks)
         if state:
             kept = {name: state[f"param.{name}"] for name, _ in module.named_parameters()}
             module.load_state_dict(kept, strict=False)
-        engine = start_engine(module, groups(module, run.training, backbone), run.training, run.lane)
-        dtype = DTYPES[run.training.precision]
+        engine = start_engine(module, groups(module, run.training, backbone), run.training, run.lane, disk)
         if isinstance(module, TextualInversion):
-            module.place(engine.device, dtype)
+            module.place(engine.device, DTYPES[run.training.precision])
         average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
         if state:
             restore(engine, state, step)
             if average is not None:
                 restore_average(engine, average, state)
-            state = {}
-        teacher = Teacher(backbone, dtype, engine.device) if run.training.prior_kind == "teacher" else None
-        try:
-            self._train(number, run, backbone, engine, average, teacher, step)
-        finally:
-            engine.destroy()
-            del engine, average, teacher, module
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        return engine, average
 
     def _train(
         self,

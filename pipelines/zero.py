@@ -34,18 +34,20 @@ LOSS_SCALER = "loss_scaler"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def engine_config(training: Training, lane: Lane, world: int) -> dict[str, Any]:
+def engine_config(training: Training, lane: Lane, world: int, disk: str | None = None) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` workers, the user's settings over ours.
 
-    Clipping belongs here: done before the engine's step it would see shards.
+    `disk` is a folder for what is offloaded to one. Clipping belongs here: done before the engine's step it would see
+    shards.
     """
     micro_batches = lane.workers * training.gradient_accumulation
     micro_batch, passes = training.batch // micro_batches, math.ceil(micro_batches / world)
     zero: dict[str, Any] = {"stage": lane.zero_stage}
-    if lane.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
+    if lane.offload != "none":
+        place = {"device": lane.offload} | ({"nvme_path": disk} if lane.offload == "nvme" else {})
+        zero["offload_optimizer"] = place
         if lane.zero_stage == 3:
-            zero["offload_param"] = {"device": "cpu"}
+            zero["offload_param"] = place
     config: dict[str, Any] = {
         "train_batch_size": micro_batch * passes * world,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -63,15 +65,22 @@ def engine_config(training: Training, lane: Lane, world: int) -> dict[str, Any]:
     return merged(config, lane.deepspeed)
 
 
-def start_engine(module: nn.Module, groups: Sequence[dict[str, Any]], training: Training, lane: Lane) -> Any:
+def start_engine(
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    training: Training,
+    lane: Lane,
+    disk: str | None = None,
+) -> Any:
     """Wrap `module` (float32, all of it trained) in an engine with an optimizer; float32 masters equal its weights now.
 
     `groups` are the optimizer's: the parameters of `module` with their `initial_lr`, by which `set_learning_rate` goes.
+    `disk` is an empty folder of this rank, for what is offloaded to a disk.
     """
-    compile_ops()
+    compile_ops(with_async_io=lane.offload == "nvme")
     masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = make_optimizer(groups, training, lane)
-    config = engine_config(training, lane, dist.get_world_size())
+    config = engine_config(training, lane, dist.get_world_size(), disk)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if training.precision != "fp32":
         # DeepSpeed makes the masters from weights that it has rounded already.
@@ -182,11 +191,12 @@ def restore(engine: Any, state: Mapping[str, Tensor], step: int) -> None:
             set_state(plain, parameter, kept, step)
         return
     base = engine.optimizer.optimizer
-    for shard in _shards(engine):
-        # A fused AdamW wants its step beside the shard.
-        base.state[shard] = {"step": torch.tensor(float(step), device=shard.device)} | {
-            moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS
-        }
+    for number, shard in enumerate(_shards(engine)):
+        with _in_memory(engine, number):
+            # A fused AdamW wants its step beside the shard.
+            base.state[shard] = {"step": torch.tensor(float(step), device=shard.device)} | {
+                moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS
+            }
     _link_moments(engine)
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
@@ -213,6 +223,18 @@ def _loss_scaler(engine: Any) -> Any | None:
 def _plain_optimizer(engine: Any) -> torch.optim.Optimizer | None:
     """torch's optimizer where ZeRO stage 0 uses it as it is."""
     return engine.optimizer if isinstance(engine.optimizer, torch.optim.Optimizer) else None
+
+
+@contextmanager
+def _in_memory(engine: Any, shard: int) -> Iterator[None]:
+    """Have a shard, and the optimizer's state of it, in memory while the block runs, if they are on a disk."""
+    zero = engine.optimizer
+    swapped = hasattr(zero, "_swappable_optimizer_subgroup") and zero._swappable_optimizer_subgroup(shard)
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_in(shard)
+    yield
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_out(shard)
 
 
 def _shards(engine: Any) -> list[Tensor]:

@@ -62,14 +62,21 @@ def process_group(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]
 class Learner:
     """A small network in an engine, which learns to give back what it gets."""
 
-    def __init__(self, training: Training, lane: Lane, parameters: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        training: Training,
+        lane: Lane,
+        parameters: dict[str, Tensor] | None = None,
+        width: int = 96,
+        disk: Path | None = None,
+    ) -> None:
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(8, 96), nn.GELU(), nn.Linear(96, 8))
+        module = nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 8))
         if parameters is not None:
             module.load_state_dict(parameters)
         rates = {"lr": training.learning_rate, "initial_lr": training.learning_rate}
         groups = [{"params": [*module[0].parameters()], **rates}, {"params": [*module[2].parameters()], **rates}]
-        self.engine = start_engine(module, groups, training, lane)
+        self.engine = start_engine(module, groups, training, lane, str(disk))
         self._training = training
         self.overflows = 0
 

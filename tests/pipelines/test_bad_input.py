@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from PIL import Image
 
 from pipelines.personalize import main
@@ -142,6 +143,20 @@ BAD_INPUT: dict[str, Bad] = {
     "offloading what is not sharded": _option(
         "--offload", "cpu", "--zero-stage", "0", says=("--offload cpu", "--zero-stage 1, 2 or 3")
     ),
+    "a disk for what is not sharded": _option(
+        *("--offload", "nvme", "--nvme-path", ".", "--zero-stage", "2"), says=("--offload nvme", "--zero-stage 3")
+    ),
+    "a disk without a folder": _option(
+        "--offload", "nvme", "--zero-stage", "3", says=("--offload nvme", "--nvme-path")
+    ),
+    "a folder without a disk": _option("--nvme-path", ".", says=("--offload nvme", "--nvme-path")),
+    "a folder on a disk that is not there": _option(
+        *("--offload", "nvme", "--nvme-path", "/nowhere/disk", "--zero-stage", "3"), says=("--nvme-path /nowhere/disk",)
+    ),
+    "an average of what is on a disk": _option(
+        *("--offload", "nvme", "--nvme-path", ".", "--zero-stage", "3", "--ema-decay", "0.9"),
+        says=("--offload nvme", "--ema-decay"),
+    ),
     "images beside a manifest": _option("--manifest", "m.yaml", says=("--manifest", "--images")),
     "a manifest that is not there": lambda *_: (["--manifest", "nowhere.yaml"], ["nowhere.yaml"]),
     "a photo without its caption": _captions(None, "1.png", "no caption", "1.txt"),
@@ -166,6 +181,17 @@ BAD_INPUT: dict[str, Bad] = {
         ["store", "0.png", "cannot be written"],
     ),
 }
+
+
+def test_a_disk_that_deepspeed_cannot_write_to_is_told_before_ray_starts(
+    folder: Path, small_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    arguments = ["--images", str(folder), "--class-noun", "mug", "--backbone", str(small_sdxl), "--zero-stage", "3"]
+    arguments += ["--offload", "nvme", "--nvme-path", str(tmp_path), "--store", str(tmp_path / "store")]
+    assert main(arguments) == 2
+    assert "libaio-dev" in capsys.readouterr().err
+    assert not ray.is_initialized()
 
 
 def test_fp16_does_not_train_t5(
