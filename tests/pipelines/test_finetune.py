@@ -82,12 +82,14 @@ def test_every_parameter_moves(train: Callable[..., State], prepared: tuple[Subj
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_zero_stages_publish_the_same_weights(train: Callable[..., State], zero_stage: int) -> None:
     # Adam's first steps have size lr whatever the gradient, so rounding in near-zero gradients shows up to this size.
     assert largest_difference(train(zero_stage=zero_stage), train(zero_stage=2)) < 2e-4
 
 
+@pytest.mark.slow
 def test_one_worker_and_two_with_the_same_global_batch_publish_the_same_weights(train: Callable[..., State]) -> None:
     assert largest_difference(train(zero_stage=2, workers=1), train(zero_stage=2)) < 2e-4
 
@@ -117,9 +119,8 @@ def test_offloading_to_the_host_publishes_the_same_weights(train: Callable[..., 
     assert largest_difference(train(zero_stage=zero_stage, offload="cpu"), train(zero_stage=2)) < 2e-4
 
 
-@pytest.mark.parametrize(
-    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_the_moving_average_of_the_weights_is_published(
     train: Callable[..., State], prepared: tuple[SubjectStore, Run], zero_stage: int
 ) -> None:
