@@ -374,17 +374,18 @@ def test_metrics_are_exported_without_a_label_that_grows(server: Server) -> None
         with urllib.request.urlopen(url, timeout=10) as response:
             return [line for line in response.read().decode().splitlines() if line.startswith("ray_dreambooth_")]
 
-    names = ("seconds_bucket", "subject_reads", "swaps", "host_bytes", "waiting_images", "batch_images", "answers")
-    wait_until(lambda: all(any(f"ray_dreambooth_{name}" in line for line in scrape()) for name in names), 40)
+    def deployed(name: str, lines: list[str]) -> list[str]:
+        # Other tests of this process may have left measures without a deployment.
+        return [line for line in lines if line.startswith(f"{name}{{") and 'deployment="' in line]
+
+    names = set(re.findall(r"ray_dreambooth_\w+", (ROOT / "cluster" / "grafana_serving.json").read_text()))
+    wait_until(lambda: all(deployed(name, scrape()) for name in names), 60)
     lines = scrape()
     for stage in ("load", "wait", "swap", "sample", "encode", "answer"):
         assert any(f'stage="{stage}"' in line for line in lines), stage
     assert not [line for line in lines if "mug" in line or "dog" in line]
-    for name in set(re.findall(r"ray_dreambooth_\w+", (ROOT / "cluster" / "grafana_serving.json").read_text())):
-        # Other tests of this process may have left measures without a deployment.
-        shown = [line for line in lines if line.startswith(f"{name}{{") and 'deployment="' in line]
-        assert shown, name
-        assert all('replica="' in line for line in shown)
+    for name in names:
+        assert all('replica="' in line for line in deployed(name, lines)), name
 
 
 def test_requests_are_logged_with_their_id_and_without_prompts(server: Server) -> None:
