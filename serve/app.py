@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
-from serve import errors
+from serve import errors, metrics
 from serve.api import Rules, create_api, is_loopback
 from serve.catalog import Catalog
 from serve.files import ImageFiles
@@ -110,6 +110,7 @@ class Ingress:
 
     def __init__(self, args: Arguments, replicas: dict[str, DeploymentHandle]) -> None:
         """Serve the versions in the store on the backbones of `replicas`, by hash."""
+        metrics.label_by_replica()
         self._args, self._replicas = args, replicas
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -49,6 +49,7 @@ class SubjectReplica:
         wedged_after: float,
     ) -> None:
         """Load the backbone with hash `backbone`; subjects wait until they are asked for, but for those in `keep`."""
+        metrics.label_by_replica()
         torch.set_num_threads(threads)
         self._store = SubjectStore(store_uri)
         self._backbone = self._store.open_backbone(backbone)

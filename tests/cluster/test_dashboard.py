@@ -66,7 +66,9 @@ def test_every_metric_is_shown(dashboard: dict[str, Any]) -> None:
 
 
 def test_no_label_grows_with_subjects_keys_or_requests() -> None:
-    assert {label for own in exported().values() for label in own} == {"stage", "tier", "status"}
+    assert {label for own in exported().values() for label in own} == {
+        *("deployment", "replica", "stage", "tier", "status")
+    }
 
 
 def test_queries_are_balanced_and_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
