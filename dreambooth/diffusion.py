@@ -7,6 +7,7 @@ the squared error is taken in the network's own prediction space, which is Eq. 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,15 +102,11 @@ class PriorPreservationLoss:
 
 
 def prior_preservation_loss(
-    prediction: Tensor, target: Tensor, weight: Tensor, instances: int, prior_weight: float
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], weights: Sequence[Tensor], *, prior_weight: float
 ) -> PriorPreservationLoss:
-    """Eq. 2 over one batch: rows [:instances] are the subject's photos, the rest class-prior images.
+    """Eq. 2 over the halves of one batch: the subject's photos and, where there is such a term, class-prior images.
 
-    Both terms are weighted by their own timesteps. `prediction` and `target` are (B, ...), `weight` is (B,).
+    Both terms are weighted by their own timesteps. Of a half, prediction and target are (B, ...), the weight is (B,).
     """
-    assert 0 < instances <= len(prediction) == len(target) == len(weight)
-    instance = denoising_loss(prediction[:instances], target[:instances], weight[:instances])
-    if instances == len(prediction):
-        return PriorPreservationLoss(instance, None, prior_weight)
-    prior = denoising_loss(prediction[instances:], target[instances:], weight[instances:])
-    return PriorPreservationLoss(instance, prior, prior_weight)
+    instance, *prior = map(denoising_loss, predictions, targets, weights)
+    return PriorPreservationLoss(instance, prior[0] if prior else None, prior_weight)

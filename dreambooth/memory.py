@@ -7,6 +7,7 @@ Optimizations Toward Training Trillion Parameter Models", SC 2020, section 3 and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +18,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dreambooth.backbones import Backbone, Conditioning, LowResolution
+from dreambooth.identifier import MAX_TOKENS
 from dreambooth.sampling import DTYPES
+
+_SMALLEST_IN_8_BIT, _BLOCK_IN_8_BIT = 4096, 256
+"""bitsandbytes keeps smaller tensors in 32 bits, and one float32 scale for each block of values."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device, by part, and the bytes that offloading moves to the host for each worker."""
+    """Bytes on one device, by part, and the bytes that offloading moves off it for each worker."""
 
     parameters: int
+    """How many are trained."""
+    frozen: int
+    """Bytes of the weights of networks that take part and are not trained."""
     weights: int
     gradients: int
     optimizer_states: int
@@ -34,7 +42,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer_states + self.activations
+        return self.frozen + self.weights + self.gradients + self.optimizer_states + self.activations
 
 
 def plan_memory(
@@ -48,32 +56,64 @@ def plan_memory(
     workers: int,
     offload: str,
     gradient_checkpointing: bool,
+    gradient_accumulation: int = 1,
+    optimizer: str = "adamw",
     ema: bool = False,
+    teacher: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
 
-    ZeRO 1 divides the optimizer states (float32 masters, AdamW's two moments and, with `ema`, an average) by the number
-    of workers, 2 the gradients too, 3 the weights too; offloading to the CPU moves the states and gradients to the
-    host, and under 3 the weights.
+    Without any it is that of Textual Inversion: a few embeddings, and gradients through all networks into them.
+    ZeRO 1 divides the optimizer states (float32 masters, the optimizer's moments and, with `ema`, an average) by the
+    number of workers, 2 the gradients too, 3 the weights too; offloading moves the states and gradients to the host
+    or its disk, and under 3 the weights. A `teacher`, a frozen copy of the denoiser, lies whole on every device.
     """
     dtype = DTYPES[precision]
-    networks = {name: backbone.empty(name).to(dtype) for name in trained}
+    names = trained or (backbone.denoiser, *backbone.text_encoders)
+    networks = {name: backbone.empty(name).to(dtype) for name in names}
     if gradient_checkpointing:
         for network in networks.values():
             enable_gradient_checkpointing(network)
-    parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+    shapes = [parameter.shape for network in networks.values() for parameter in network.parameters()]
+    frozen = 0
+    if not trained:
+        frozen = sum(shape.numel() for shape in shapes) * dtype.itemsize
+        shapes = _freeze_but_embeddings(backbone, networks)
+    parameters = sum(shape.numel() for shape in shapes)
+    if teacher:
+        frozen += dtype.itemsize * sum(parameter.numel() for parameter in networks[backbone.denoiser].parameters())
     divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     weights = parameters * dtype.itemsize // divisor[3]
-    gradients = parameters * dtype.itemsize // divisor[2]
-    # Plain float32 training needs no second copy of the weights; every ZeRO stage and bf16 keep float32 masters.
-    masters = 0 if precision == "fp32" and zero_stage == 0 else 4
-    states = parameters * (masters + 8 + (4 if ema else 0)) // divisor[1]
+    # Where they are summed up over several backward passes, that is done in float32.
+    gradients = parameters * (dtype.itemsize if gradient_accumulation == 1 else 4) // divisor[2]
+    # Plain float32 training needs no second copy of the weights; every ZeRO stage keeps float32 masters.
+    masters = 4 if zero_stage else 0
+    moments = sum(moment_bytes(shape, optimizer) for shape in shapes)
+    states = (parameters * (masters + (4 if ema else 0)) + moments) // divisor[1]
     offloaded = 0
-    if offload == "cpu":
+    if offload != "none":
         offloaded = states + gradients + (weights if zero_stage == 3 else 0)
         weights, gradients, states = (0 if zero_stage == 3 else weights), 0, 0
     activations = activation_bytes(backbone, networks, rows, resolution, dtype)
-    return MemoryPlan(parameters, weights, gradients, states, activations, offloaded)
+    return MemoryPlan(parameters, frozen, weights, gradients, states, activations, offloaded)
+
+
+def _freeze_but_embeddings(backbone: Backbone, networks: dict[str, Any]) -> list[torch.Size]:
+    """Let gradients flow as far as the token embeddings; returns the shapes of the longest identifier's rows there."""
+    for network in networks.values():
+        network.requires_grad_(False)
+    tables = [networks[name].get_input_embeddings().requires_grad_(True) for name in backbone.text_encoders]
+    return [torch.Size([MAX_TOKENS, table.embedding_dim]) for table in tables]
+
+
+def moment_bytes(shape: torch.Size, optimizer: str) -> int:
+    """Bytes of the moments that the optimizer keeps of a parameter of this shape."""
+    count = shape.numel()
+    if optimizer == "adafactor":  # the second moment alone, of matrices (the last two dimensions) by row and column
+        return 4 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
+    if optimizer == "adamw-8bit" and count >= _SMALLEST_IN_8_BIT:
+        return 2 * (count + 4 * math.ceil(count / _BLOCK_IN_8_BIT))
+    return 8 * count
 
 
 def enable_gradient_checkpointing(network: Any) -> None:

@@ -99,18 +99,18 @@ _LIVE_NOUN = re.compile(
 _LIKENESS = re.compile(r"\b(cartoon|ceramic|figurine|plush|plushie|statue|stuffed|toy|wooden)\b")
 
 
-def instance_prompt(identifier: str, class_noun: str) -> str:
-    """Label the instance images: "a [V] [class noun]"."""
-    return fill("a {subject}", identifier, class_noun)
+def instance_prompt(phrase: str) -> str:
+    """Label the instance images: "a [V] [class noun]", or what else the subject is called."""
+    return fill("a {subject}", phrase)
 
 
 def class_prompt(class_noun: str) -> str:
     """Label the class-prior images: "a [class noun]"."""
-    return fill("a {subject}", None, class_noun)
+    return fill("a {subject}", class_noun)
 
 
-def fill(template: str, identifier: str | None, class_noun: str) -> str:
-    """Put the subject into a template; without an identifier, any subject of the class (as CLIP-T compares with).
+def fill(template: str, phrase: str) -> str:
+    """Put the subject's phrase, "[V] [class noun]", into a template; the class noun alone is any subject of the class.
 
     A template without the placeholder is a plain prompt and comes back as it is.
 
@@ -122,7 +122,7 @@ def fill(template: str, identifier: str | None, class_noun: str) -> str:
     unknown = re.findall(r"\{[^{}]*\}|[{}]", template.replace(PLACEHOLDER, ""))
     if unknown:
         raise ValueError(f"prompt {template!r} holds {unknown[0]!r}; the only placeholder is {PLACEHOLDER!r}")
-    return template.replace(PLACEHOLDER, f"{identifier} {class_noun}" if identifier else class_noun)
+    return template.replace(PLACEHOLDER, phrase)
 
 
 def is_live(class_noun: str) -> bool:

@@ -37,6 +37,17 @@ def shuffled(position: int, count: int, *key: Key) -> int:
     return int(stream(*key, passes).permutation(count)[offset])
 
 
+def turn(position: int, shares: Sequence[int], *key: Key) -> tuple[int, int]:
+    """Which of several groups has its turn at `position` of an endless sequence, and how many turns it had before.
+
+    Each pass of sum(shares) turns gives every group its share of them, in a shuffled order.
+    """
+    passes, offset = divmod(position, sum(shares))
+    order = stream(*key, passes).permutation(np.repeat(np.arange(len(shares)), shares))
+    group = int(order[offset])
+    return group, passes * shares[group] + int((order[:offset] == group).sum())
+
+
 def image_seed(key: str, index: int) -> int:
     """The seed of image `index` of the set `key`: 32 bits, and distinct for every image of a set.
 

@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import yaml
 from PIL import Image, ImageCms, ImageOps
 
+from dreambooth.captions import caption_file, read_caption
 from dreambooth.storage import Location
 
 MAX_PIXELS = 89_478_485
@@ -43,6 +44,8 @@ class InstanceImage:
     sha256: str
     width: int
     height: int
+    caption: str | None = None
+    """The template of its own prompt, where captions were asked for."""
 
     def pixels(self) -> Image.Image:
         """Decode to RGB."""
@@ -115,6 +118,7 @@ def load_subject(
     class_noun: str,
     *,
     min_side: int = 64,
+    captions: bool = False,
 ) -> Subject:
     """Find, read and check the photos of a subject.
 
@@ -127,6 +131,7 @@ def load_subject(
             pyarrow knows (`s3://`, `gs://`, `file://`).
         class_noun: what kind of thing it is, such as "dog".
         min_side: the least width and height of a photo, in pixels.
+        captions: whether each photo has its caption in a text file beside it.
 
     Raises:
         ValueError: the name or class noun is not valid, there are no images, or some are bad; all bad ones are named.
@@ -148,7 +153,7 @@ def load_subject(
         skipped.extend(junk)
     for path, filesystem in files.items():
         try:
-            photos.append(_read_photo(filesystem, path, min_side))
+            photos.append(_read_photo(filesystem, path, min_side, captions))
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if problems:
@@ -157,6 +162,9 @@ def load_subject(
         passed_over = f" (passed over: {', '.join(skipped)})" if skipped else ""
         where = ", ".join(map(str, sources)) or "an empty list"
         raise ValueError(f"subject {name!r}: no images in {where}{passed_over}; give 3 to 5 photos of the subject")
+    if captions:
+        read = {caption_file(photo.name) for photo in photos}
+        skipped = [name for name in skipped if name not in read]
     photos.sort(key=lambda photo: (_natural(photo.name), photo.sha256))
     return Subject(name, class_noun, tuple(photos), tuple(skipped), tuple(_warnings(photos)))
 
@@ -187,27 +195,6 @@ def normalize_class_noun(class_noun: str) -> str:
     if not noun:
         raise ValueError("the class noun is empty; say what kind of thing the subject is, such as 'dog' or 'backpack'")
     return noun
-
-
-def square_crop(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int], tuple[int, int]]:
-    """Scale the short side to `resolution` (Lanczos, antialiased) and crop the centre square.
-
-    Returns:
-        The square, and SDXL's micro-conditioning (Podell et al. 2023, section 2.2), in pixels: the photo's original
-        size as (height, width), and the crop's corner within the scaled photo as (top, left).
-    """
-    short = min(image.size)
-    width, height = (round(side * resolution / short) for side in image.size)
-    top, left = (height - resolution) // 2, (width - resolution) // 2
-    # The box does both in one pass: scaling a long panorama whole could take gigabytes.
-    box = (
-        left * image.width / width,
-        top * image.height / height,
-        (left + resolution) * image.width / width,
-        (top + resolution) * image.height / height,
-    )
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return square, (image.height, image.width), (top, left)
 
 
 def load_manifest(source: str | Path) -> list[SubjectSpec]:
@@ -299,13 +286,14 @@ def _is_image_file(info: pafs.FileInfo) -> bool:
     return info.type == pafs.FileType.File and bool(_IMAGE_FILE.fullmatch(info.base_name))
 
 
-def _read_photo(filesystem: pafs.FileSystem, path: str, min_side: int) -> InstanceImage:
+def _read_photo(filesystem: pafs.FileSystem, path: str, min_side: int, captions: bool) -> InstanceImage:
     with filesystem.open_input_stream(path) as stream:
         data = stream.read()
     width, height = read_image(data, path).size
     if min(width, height) < min_side:
         raise ValueError(f"{path}: {width} x {height} pixels is too small; each side needs {min_side} or more")
-    return InstanceImage(posixpath.basename(path), data, hashlib.sha256(data).hexdigest(), width, height)
+    caption = read_caption(filesystem, path) if captions else None
+    return InstanceImage(posixpath.basename(path), data, hashlib.sha256(data).hexdigest(), width, height, caption)
 
 
 def _natural(name: str) -> list[tuple[str, int, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,46 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dreambooth.backbones import Backbone
-from dreambooth.streams import integer, normal, shuffled
+from dreambooth.backbones import Backbone, Conditioning, TokenIds
+from dreambooth.streams import integer, normal, shuffled, turn
 from pipelines import training_set
 from pipelines.run import Run
+
+
+@dataclass(frozen=True)
+class Half:
+    """Rows of a micro-batch, those of the photos or those of the class-prior images: latents x and noise epsilon are
+    (m, C, h, w), times t (m,), conditioning and token ids (m, ...)."""
+
+    x: Tensor
+    epsilon: Tensor
+    t: Tensor
+    conditioning: Conditioning
+    ids: TokenIds
+
+    def to(self, device: torch.device) -> Half:
+        """The same rows on a device."""
+
+        def moved(part: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.to(device) for name, value in part.items()}
+
+        x, epsilon, t = (value.to(device) for value in (self.x, self.epsilon, self.t))
+        return Half(x, epsilon, t, moved(self.conditioning), moved(self.ids))
+
+
+def joined(halves: Sequence[Half]) -> Half:
+    """The rows of all halves, whose images must have one shape, as one."""
+
+    def cat(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return Half(
+        x=torch.cat([half.x for half in halves]),
+        epsilon=torch.cat([half.epsilon for half in halves]),
+        t=torch.cat([half.t for half in halves]),
+        conditioning=cat([half.conditioning for half in halves]),
+        ids=cat([half.ids for half in halves]),
+    )
 
 
 class Batches:
@@ -25,44 +63,51 @@ class Batches:
         names = list(self._file.keys())
         self._text = {name.removeprefix("text."): self._whole(name) for name in names if name.startswith("text.")}
         self._ids = {name.removeprefix("ids."): self._whole(name) for name in names if name.startswith("ids.")}
-        self._halves = [half for half in training_set.HALVES if f"{half}.mean" in names]
-        self._rows = {
-            half: {name.removeprefix(f"{half}."): self._file.get_slice(name) for name in names if name.startswith(half)}
-            for half in self._halves
-        }
+        self._frames: dict[str, dict[str, dict[str, Any]]] = {}
+        for name in sorted(names):
+            half, frame, *column = name.split(".")
+            if half in training_set.HALVES:
+                columns = self._frames.setdefault(half, {}).setdefault(frame, {})
+                columns[column[0]] = self._file.get_slice(name)
 
     def _whole(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
 
-    def rows(self, step: int, samples: range) -> dict[str, Any]:
-        """CPU tensors for the global samples `samples` of a step: the instances first, then as many class-prior rows.
+    def rows(self, step: int, samples: range) -> list[Half]:
+        """CPU tensors for the global samples `samples` of a step: of the photos, then as many of class-prior images."""
+        return [self._half(half, step, samples) for half in training_set.HALVES if half in self._frames]
 
-        Latents x and noise epsilon are (2m, C, h, w), times t (2m,), conditioning (2m, ...).
-        """
-        drawn = [self._row(half, step, sample) for half in self._halves for sample in samples]
-        prompts = torch.tensor([self._halves.index(half) for half in self._halves for _ in samples])
-        names = drawn[0]["sizes"].keys()
-        sizes = {name: torch.stack([row["sizes"][name] for row in drawn]) for name in names}
+    def _half(self, half: str, step: int, samples: range) -> Half:
+        frames = self._frames[half]
+        # One frame for all samples of the step; which photo and view comes next is counted within it.
+        photos = [columns["mean"].get_shape()[0] for columns in frames.values()]
+        chosen, visit = turn(step, photos, self._run.seed, self._run.subject, half, "frame")
+        frame = list(frames)[chosen]
+        first = visit * self._run.training.batch
+        drawn = [self._row(half, frame, first + sample, step, sample) for sample in samples]
+        prompts = torch.stack([row["sizes"].pop("prompt") for row in drawn])
+        sizes = {name: torch.stack([row["sizes"][name] for row in drawn]) for name in drawn[0]["sizes"]}
         x = self._backbone.scale_latents(torch.stack([row["x"] for row in drawn]))
         if (low := self._run.training.low_resolution) is not None:
             noise = torch.stack([row["augmentation"] for row in drawn])
             sizes |= self._backbone.image_conditioning(x, noise, low)
-        return {
-            "x": x,
-            "epsilon": torch.stack([row["epsilon"] for row in drawn]),
-            "t": torch.tensor([row["t"] for row in drawn]),
-            "conditioning": sizes | {name: value[prompts] for name, value in self._text.items()},
-            "ids": {name: value[prompts] for name, value in self._ids.items()},
-            "instances": len(samples),
-        }
+        return Half(
+            x,
+            epsilon=torch.stack([row["epsilon"] for row in drawn]),
+            t=torch.tensor([row["t"] for row in drawn]),
+            conditioning=sizes | {name: value[prompts] for name, value in self._text.items()},
+            ids={name: value[prompts] for name, value in self._ids.items()},
+        )
 
-    def _row(self, half: str, step: int, sample: int) -> dict[str, Any]:
-        run, columns = self._run, self._rows[half]
+    def _row(self, half: str, frame: str, position: int, step: int, sample: int) -> dict[str, Any]:
+        run, columns = self._run, self._frames[half][frame]
         low = run.training.low_resolution
         base = (run.seed, run.subject, half)
-        count = columns["mean"].get_shape()[0]
-        index = shuffled(step * run.training.batch + sample, count, *base, "order")
-        mean, log_variance = columns["mean"][index], columns["log_variance"][index]
+        images, views = columns["mean"].get_shape()[:2]
+        image = shuffled(position, images, *base, "order")
+        view = shuffled(position // images, views, *base, "view", frame, image)
+        row = {name: column[image, view] for name, column in columns.items()}
+        mean, log_variance = row.pop("mean"), row.pop("log_variance")
         latent_noise = normal(mean.shape, *base, "latent", step, sample)
         epsilon = normal(mean.shape, *base, "epsilon", step, sample)
         if run.training.offset_noise:
@@ -72,5 +117,5 @@ class Batches:
             "epsilon": epsilon,
             "augmentation": normal(mean.shape, *base, "augmentation", step, sample) if low else None,
             "t": integer(self._backbone.schedule.steps, *base, "t", step, sample),
-            "sizes": {name: column[index] for name, column in columns.items() if name not in ("mean", "log_variance")},
+            "sizes": row,
         }

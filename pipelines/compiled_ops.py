@@ -10,6 +10,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.comm.torch import build_shm_op
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from dreambooth.storage import digest
 
@@ -23,7 +24,7 @@ def ops_folder() -> Path:
     return root / f"torch-{torch.__version__}-deepspeed-{deepspeed.__version__}-{digest(sys.prefix, 8)}"
 
 
-def compile_ops() -> None:
+def compile_ops(with_async_io: bool = False) -> None:
     """Compile the ops that `deepspeed.initialize` is going to load, or load them where they are compiled already.
 
     torch marks a compilation under way with a file. A process killed then leaves it behind, and every later one waits
@@ -39,6 +40,8 @@ def compile_ops() -> None:
             for mark in folder.glob("*/lock"):
                 mark.unlink()
             build_shm_op()
+            if with_async_io:
+                AsyncIOBuilder().load(verbose=False)
     finally:
         os.environ.pop("TORCH_EXTENSIONS_DIR")
         if given is not None:

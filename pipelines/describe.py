@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from dreambooth.memory import MemoryPlan
-from pipelines.plan import GIB, Plan, disk_bytes
+from dreambooth.views import centre_view
+from pipelines.lane import GIB
+from pipelines.plan import Plan, disk_bytes
 from pipelines.run import PlannedSubject
 
 
@@ -49,16 +51,23 @@ def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
     if planned.found_noun is not None:
         yield f"  class noun    {planned.found_noun}; --class-noun overrides it"
     yield f"  prompts       {run.instance_prompt!r}; class {run.class_prompt!r}"
+    if run.training.frames or run.training.random_crop:
+        for image in subject.images:
+            view = centre_view(size := (image.height, image.width), run.training.frame_of(size))
+            frame, scaled = (f"{height} x {width}" for height, width in (view.frame, view.scaled))
+            yield f"  frame         {image.name}: {frame} pixels of {scaled}"
+    for image, caption in zip(subject.images, run.captions, strict=False):
+        yield f"  caption       {image.name}: {caption!r}"
     yield f"  version       {run.subject}@{run.version}"
 
 
 def _describe_memory(plan: Plan, memory: MemoryPlan) -> Iterator[str]:
-    stage = plan.options.cluster.zero_stage
-    yield f"Memory per device (ZeRO stage {stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
-    for name in ("weights", "gradients", "optimizer_states", "activations", "total"):
+    yield f"Memory per device (ZeRO stage {plan.lane.zero_stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
+    for name in ("frozen", "weights", "gradients", "optimizer_states", "activations", "total"):
         yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
     if memory.offloaded:
-        yield f"  {'offloaded to host':18} {_size(memory.offloaded):>12}"
+        place = "offloaded to disk" if plan.lane.offload == "nvme" else "offloaded to host"
+        yield f"  {place:18} {_size(memory.offloaded):>12}"
     if plan.device_bytes is None:
         yield "  this machine sees no GPU: give --device-memory GIB to learn whether it fits"
     else:

@@ -1,271 +1,168 @@
-"""Fine-tuning with Ray Train and DeepSpeed ZeRO: a training set in, checkpoints of whole float32 tensors out.
+"""Fine-tuning with Ray Train and DeepSpeed ZeRO: training sets in, checkpoints of whole float32 tensors out.
 
-The last checkpoint of a run holds the parameters alone: it is the result, from which `publish` takes the weights.
+Lanes, each a group of workers, train runs one after another from one queue. The last checkpoint of a run holds the
+parameters alone: it is the result, from which `publish` takes the weights.
 """
 
 from __future__ import annotations
 
-import math
-import resource
 import shutil
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
-import ray.train
-import torch
-import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from tensorboardX import SummaryWriter
-from torch import Tensor, nn
 
-from dreambooth.backbones import Backbone, Conditioning
-from dreambooth.diffusion import PriorPreservationLoss, prior_preservation_loss
-from dreambooth.learning_rate import learning_rate_factor
-from dreambooth.memory import enable_gradient_checkpointing, in_precision
-from dreambooth.sampling import DTYPES
-from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
-from pipelines import training_set
-from pipelines.batches import Batches
-from pipelines.checkpoints import read_checkpoint, write_checkpoint
+from pipelines.checkpoints import final_checkpoint, last_checkpoint
 from pipelines.console import Display, Stage
-from pipelines.run import Run, Training
-from pipelines.training_log import TrainingLog
-
-if TYPE_CHECKING:
-    from pipelines.zero import Average
-
-_FLUSH_EVERY = 5
-_RETRIES = 2
+from pipelines.lane_queue import TRIES, LaneQueue, TrainingLog
+from pipelines.previews import Previews
+from pipelines.run import Lane, Run
+from pipelines.worker import train_lane
 
 
-class Trainable(nn.Module):
-    """All networks that are trained, as one module for one engine."""
+def finetune(
+    store: SubjectStore,
+    runs: Sequence[Run],
+    checkpoint_every: int,
+    display: Display,
+    *,
+    lanes: int | None = None,
+    min_workers: int | None = None,
+    nvme_path: str | None = None,
+    previews: bool = False,
+) -> dict[str, str]:
+    """Train runs of one lane and backbone to their last steps, from their last checkpoints if they were killed.
 
-    def __init__(self, backbone: Backbone, networks: dict[str, nn.Module]) -> None:
-        """Hold `networks` by component name."""
-        super().__init__()
-        self.backbone = backbone
-        self.networks = nn.ModuleDict(networks)
+    Args:
+        store: where the training sets are, and the checkpoints go.
+        runs: what to train.
+        checkpoint_every: steps between checkpoints.
+        display: where progress is shown.
+        lanes: how many groups of workers; by default as many as the cluster has room for.
+        min_workers: go on with so few workers when others are lost; by default none may be missing.
+        nvme_path: a folder on every node's own disk, for what is offloaded to one.
+        previews: let an actor of its own draw samples of each checkpoint, if the cluster has room for it.
 
-    def groups(self, training: Training) -> list[dict[str, Any]]:
-        """One group of parameters a network, for AdamW: text encoders have a learning rate of their own."""
-        groups = []
-        for name, network in self.networks.items():
-            of_text = name in self.backbone.text_encoders
-            rate = training.text_encoder_learning_rate if of_text else training.learning_rate
-            groups.append({"params": list(network.parameters()), "lr": rate, "initial_lr": rate})
-        return groups
-
-    def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, ids: dict[str, Tensor]) -> Tensor:
-        """The denoiser's prediction; prompts are embeddings, or token ids (B, length) for trained text encoders."""
-        if ids:
-            encoders = {name: self.networks[name] for name in self.backbone.text_encoders}
-            conditioning = conditioning | self.backbone.encode_text(encoders, ids)
-        conditioning = in_precision(conditioning, z_t.dtype)
-        return self.backbone.predict(self.networks[self.backbone.denoiser], z_t, t, conditioning)
-
-
-def step_loss(engine: Any, run: Run, backbone: Backbone, rows: dict[str, Any]) -> PriorPreservationLoss:
-    """Eq. 2 of one micro-batch."""
-    device = engine.device
-    x, epsilon, t = rows["x"].to(device), rows["epsilon"].to(device), rows["t"].to(device)
-    schedule = backbone.schedule
-    z_t = schedule.add_noise(x, epsilon, t)
-    conditioning = {name: value.to(device) for name, value in rows["conditioning"].items()}
-    ids = {name: value.to(device) for name, value in rows["ids"].items()}
-    prediction = engine(z_t.to(DTYPES[run.training.precision]), t, conditioning, ids)
-    weight = schedule.weight(t, run.training.min_snr_gamma)
-    target = schedule.target(x, epsilon, t)
-    return prior_preservation_loss(prediction, target, weight, rows["instances"], run.training.prior_weight)
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """What one rank of the lane does: load the backbone, resume, train to the last step, checkpoint."""
-    from pipelines.console import quiet_libraries
-    from pipelines.zero import Average, gradient_norm, restore, restore_average, set_learning_rate, start_engine
-
-    quiet_libraries()
-    run: Run = config["run"]
-    store = SubjectStore(config["store"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(run.lane.cpus_per_worker)
-
-    backbone = store.open_backbone(run.backbone)
-    networks = {name: backbone.load(name) for name in run.training.trained}
-    if run.training.gradient_checkpointing:
-        for network in networks.values():
-            enable_gradient_checkpointing(network)
-    module = Trainable(backbone, networks)
-    step = 0
-    state: dict[str, Tensor] = {}
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as folder:
-            step, state = read_checkpoint(Path(folder))
-        module.load_state_dict({name: state[f"param.{name}"] for name, _ in module.named_parameters()}, strict=False)
-        if step == run.training.steps:
-            return
-    engine = start_engine(module, module.groups(run.training), run.training, run.lane)
-    average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
-    if state:
-        restore(engine, state, step)
-        if average is not None:
-            restore_average(engine, average, state)
-        del state
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "training_set.safetensors"
-        path.write_bytes(training_set.location_of(store, run).read_bytes())
-        batches = Batches(run, backbone, path)
-        pending: list[Tensor] = []
-        flushed = time.monotonic()
-        micro_batch = run.training.batch // (world * run.training.gradient_accumulation)
-        while step < run.training.steps:
-            set_learning_rate(engine, _rate_factor(run.training, step))
-            terms = torch.zeros(2, device=engine.device)
-            for micro_step in range(run.training.gradient_accumulation):
-                start = (micro_step * world + rank) * micro_batch
-                loss = step_loss(engine, run, backbone, batches.rows(step, range(start, start + micro_batch)))
-                engine.backward(loss.total)
-                engine.step()
-                terms += torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
-            terms /= run.training.gradient_accumulation
-            pending.append(torch.cat([terms, gradient_norm(engine)[None]]))
-            step += 1
-            if average is not None:
-                average.update(step)
-            due = step % config["checkpoint_every"] == 0 or step == run.training.steps
-            if due or len(pending) == _FLUSH_EVERY:
-                rows = _measures(pending, step, run, time.monotonic() - flushed)
-                pending, flushed = [], time.monotonic()
-                if rank == 0:
-                    config["log"].add.remote(step - len(rows) + 1, rows)
-            if due:
-                final = step == run.training.steps
-                with tempfile.TemporaryDirectory() as saved:
-                    write_checkpoint(Path(saved), _state(engine, average, final), step, rank, world)
-                    ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(saved))
-
-
-def _detached(term: Tensor | None, device: torch.device) -> Tensor:
-    return torch.zeros((), device=device) if term is None else term.detach()
-
-
-def _rate_factor(training: Training, step: int) -> float:
-    return learning_rate_factor(step, training.steps, training.warmup_steps, training.schedule)
-
-
-def _state(engine: Any, average: Average | None, final: bool) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint holds: everything, or at the end the weights to publish alone."""
-    from pipelines.zero import AVERAGE, PARAMETER, full_state
-
-    if average is None or not final:
-        yield from full_state(engine, with_moments=not final)
-    if average is not None:
-        with average.in_place_of_masters():
-            yield from full_state(engine, with_moments=False, prefix=PARAMETER if final else AVERAGE)
-
-
-def _measures(pending: list[Tensor], step: int, run: Run, seconds: float) -> list[dict[str, float]]:
-    """The measures of the last steps up to `step`, averaged over the ranks; the one host synchronization.
-
-    `pending` holds for each step the instance and the prior term and the gradient's norm (3,). Raises ArithmeticError
-    when a loss is not finite.
+    Returns:
+        Why runs are not trained, by their keys; the others are.
     """
-    averaged = torch.stack(pending)
-    dist.all_reduce(averaged)
-    first = step - len(pending) + 1
-    speed = {"samples_per_second": len(pending) * run.training.batch / seconds, "memory_gib": _peak_memory() / 2**30}
-    rows = []
-    for number, (instance, prior, norm) in enumerate((averaged / dist.get_world_size()).tolist(), start=first):
-        if not (math.isfinite(instance) and math.isfinite(prior)):
-            raise ArithmeticError(
-                f"the loss of subject {run.subject!r} is not finite at step {number}: instance term {instance}, prior "
-                f"term {prior}; the last checkpoint is kept. Lower --learning-rate, or use --precision fp32"
-            )
-        rate = run.training.learning_rate * _rate_factor(run.training, number - 1)
-        measures = {"loss/instance": instance, "loss/prior": prior, "learning_rate": rate, **speed}
-        rows.append(measures | ({} if math.isnan(norm) else {"gradient_norm": norm}))
-    return rows
-
-
-def _peak_memory() -> int:
-    """Bytes: the device's peak so far, or on the CPU this process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# -- the driver's side -------------------------------------------------------------------------------------------------
-
-
-def result_of(store: SubjectStore, run: Run) -> Location:
-    """Where the run notes its last checkpoint once it is trained."""
-    return store.root / "runs" / run.key / "trained.json"
-
-
-def finetune(store: SubjectStore, run: Run, checkpoint_every: int, display: Display) -> Location:
-    """Train a run to its last step, from its last checkpoint if it was killed; returns the final checkpoint."""
-    marker = result_of(store, run)
-    if marker.exists():
-        with display.stage("fine-tune", run.training.steps, "steps", done=run.training.steps):
-            return marker.parent / marker.read_json()["checkpoint"]
-    folder = marker.parent
-    log = ray.remote(TrainingLog).options(num_cpus=0).remote()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "run": run,
+    total = sum(run.training.steps for run in runs)
+    found = [last_checkpoint(store, run) for run in runs]
+    reached = {number: last.step for number, last in enumerate(found) if last is not None}
+    left = [run for run in runs if final_checkpoint(store, run) is None]
+    with display.stage("fine-tune", total, "steps", done=sum(reached.values())) as stage:
+        if not left:
+            return {}
+        queue = ray.remote(LaneQueue).options(num_cpus=0).remote(len(left))
+        log = ray.remote(TrainingLog).options(num_cpus=0).remote()
+        count = min(len(left), lanes or lanes_with_room(left[0].lane))
+        config = {
+            "runs": left,
             "store": store.root.uri,
+            "nvme_path": nvme_path,
             "log": log,
+            "queue": queue,
             "checkpoint_every": checkpoint_every,
-        },
-        torch_config=TorchConfig(backend="nccl" if run.lane.gpus_per_worker else "gloo"),
+        }
+        steps = {run.key: reached.get(number, 0) for number, run in enumerate(runs)}
+        with (
+            _watching(store, left, log, stage, steps, display if previews else None),
+            ThreadPoolExecutor(count) as pool,
+        ):
+            ended = [pool.submit(_run_lane, store, config | {"lane": lane}, min_workers) for lane in range(count)]
+        outcomes = ray.get(queue.outcomes.remote())
+    broken = next((str(error) for lane in ended if (error := lane.result()) is not None), "its lane ended early")
+    return {
+        run.key: outcomes.get(number, broken) or ""
+        for number, run in enumerate(left)
+        if outcomes.get(number, broken) is not None
+    }
+
+
+def lanes_with_room(lane: Lane) -> int:
+    """How many such lanes the cluster has resources for; at least one, which waits for them."""
+    have = ray.cluster_resources()
+    each = {"CPU": lane.cpus_per_worker * lane.workers, "GPU": lane.gpus_per_worker * lane.workers}
+    return max(1, min(int(have.get(name, 0) / wanted) for name, wanted in each.items() if wanted))
+
+
+def _run_lane(store: SubjectStore, config: dict[str, Any], min_workers: int | None) -> TrainingFailedError | None:
+    """Run one lane to the end of the queue; returns what ended it before."""
+    lane: Lane = config["runs"][0].lane
+    notes = store.root / "runs" / f"lane-{uuid.uuid4().hex[:12]}"
+    trainer = TorchTrainer(
+        train_lane,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if lane.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=run.lane.workers,
-            use_gpu=run.lane.gpus_per_worker > 0,
+            num_workers=lane.workers if min_workers is None else (min_workers, lane.workers),
+            use_gpu=lane.gpus_per_worker > 0,
             resources_per_worker={
-                "CPU": run.lane.cpus_per_worker,
-                **({"GPU": run.lane.gpus_per_worker} if run.lane.gpus_per_worker else {}),
+                "CPU": lane.cpus_per_worker,
+                **({"GPU": lane.gpus_per_worker} if lane.gpus_per_worker else {}),
             },
         ),
         run_config=RunConfig(
-            name="finetune",
-            storage_path=folder.path,
-            storage_filesystem=folder.filesystem,
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=_RETRIES),
+            name="train",
+            storage_path=notes.path,
+            storage_filesystem=notes.filesystem,
+            # The queue gives a run up whose workers die again and again; the lane itself has others to train.
+            failure_config=FailureConfig(max_failures=TRIES * len(config["runs"])),
         ),
     )
-    with display.stage("fine-tune", run.training.steps, "steps") as stage, _watching(log, stage, folder):
-        result = trainer.fit()
-    checkpoint = folder / "finetune" / Path(result.checkpoint.path).name
-    marker.write_json({"checkpoint": f"finetune/{checkpoint.name}"})
-    return checkpoint
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        return error
+    finally:
+        notes.delete()
+    return None
 
 
 @contextmanager
-def _watching(log: Any, stage: Stage, folder: Location) -> Iterator[None]:
-    """Show the losses and write all measures as TensorBoard events beside the run, while the block trains."""
+def _watching(
+    store: SubjectStore, runs: Sequence[Run], log: Any, stage: Stage, steps: dict[str, int], previews: Display | None
+) -> Iterator[None]:
+    """Show the losses and write all measures as TensorBoard events beside each run, while the block trains."""
     done = threading.Event()
     events = Path(tempfile.mkdtemp(prefix="tensorboard-"))
-    writer = SummaryWriter(str(events), write_to_disk=True)
+    writers: dict[int, SummaryWriter] = {}
+    artists: dict[int, Previews] = {}
+
+    def close(number: int) -> None:
+        if number in artists:
+            artists.pop(number).close()
+        writers.pop(number).close()
+        folder = events / runs[number].key
+        (store.root / "runs" / runs[number].key / "tensorboard").upload(folder)
+        shutil.rmtree(folder)
 
     def take() -> None:
-        for step, measures in ray.get(log.take.remote()):
+        for number, step, measures in ray.get(log.take.remote()):
+            run = runs[number]
+            if number not in writers:
+                writers[number] = SummaryWriter(str(events / run.key), write_to_disk=True)
+                if previews is not None and run.draws_alone:
+                    artists[number] = Previews(store, run, previews)
             for name, value in measures.items():
-                writer.add_scalar(name, value, step)
+                writers[number].add_scalar(name, value, step)
+            steps[run.key] = step
             instance, prior = measures["loss/instance"], measures["loss/prior"]
-            stage.reach(step, note=f"loss: instance {instance:.4f}, prior {prior:.4f}")
+            stage.reach(sum(steps.values()), f"{run.subject}: loss: instance {instance:.4f}, prior {prior:.4f}")
+        for number, artist in artists.items():
+            artist.take(writers[number])
+        for number in [number for number in writers if steps[runs[number].key] == runs[number].training.steps]:
+            close(number)
 
     def watch() -> None:
         while not done.wait(0.5):
@@ -279,6 +176,6 @@ def _watching(log: Any, stage: Stage, folder: Location) -> Iterator[None]:
         done.set()
         thread.join()
         take()
-        writer.close()
-        (folder / "tensorboard").upload(events)
+        for number in list(writers):
+            close(number)
         shutil.rmtree(events)

@@ -13,6 +13,7 @@ import tyro
 import yaml
 
 from dreambooth.learning_rate import Schedule
+from pipelines.run import Method, PriorKind
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,15 @@ class SubjectOptions:
     class_noun: str | None = None
     """What the subject is, for example "dog". By default the noun that --class-noun-judge finds."""
     class_noun_judge: str | None = None
-    """CLIP model that finds missing class nouns: a folder or hub id."""
+    """CLIP model that finds missing class nouns: a folder or hub id. By default, beside the embedded backbone, the
+    judge that ships with it."""
     identifier: str | None = None
     """The rare token(s) [V] that will name the subject. By default found by the paper's rule."""
     manifest: str | None = None
     """Many subjects: a YAML file, or a folder with one folder a subject. Takes the place of the four options above."""
+    captions: bool = False
+    """Label each photo with the text file beside it (1.txt for 1.jpg), where {subject} stands for "[V] [class noun]".
+    By default all are labelled "a [V] [class noun]"."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class PriorOptions:
 
     prior_weight: float = 1.0
     """Weight lambda of the prior-preservation term; 0 trains without it."""
+    prior_kind: PriorKind = "images"
+    """What the prior term asks for: the class-prior images, as in the paper, or what a frozen copy of the backbone
+    (the teacher) predicts for them."""
     prior_images: int | None = None
     """Class-prior images. By default the backbone's preset."""
     prior_steps: int | None = None
@@ -76,10 +84,12 @@ class PriorOptions:
 class TrainingOptions:
     """Fine-tuning."""
 
+    method: Method = "dreambooth"
+    """textual-inversion trains nothing but the embeddings of the identifier's tokens, for comparison: a few KB."""
     steps: int | None = None
     """Optimizer steps. By default the backbone's preset."""
     learning_rate: float | None = None
-    """AdamW's learning rate. By default the backbone's preset."""
+    """The optimizer's learning rate. By default the backbone's preset."""
     text_encoder_learning_rate: float | None = None
     """The text encoders' own learning rate. By default the same."""
     schedule: Schedule = "constant"
@@ -97,33 +107,55 @@ class TrainingOptions:
     ema_decay: float = 0.0
     """Publish an exponential moving average of the weights with this decay (0.999, say); 0 publishes the last ones."""
     weight_decay: float = 1e-2
-    """AdamW's weight decay."""
+    """The optimizer's weight decay."""
     max_grad_norm: float = 1.0
     """Clip the gradient's norm to this; 0 does not clip."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """bf16 keeps float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
+    """The two with less state need --zero-stage 0 and --precision fp32; adamw-8bit also bitsandbytes and a GPU."""
+    flip: bool = False
+    """Show photos mirrored half of the time. Leave it off where left and right matter: writing, one-sided markings."""
+    random_crop: bool = False
+    """Cut photos that are not square at random places, 8 a photo, instead of in the middle."""
+    buckets: bool = False
+    """Train photos in about their own shape, from 1:2 to 2:1, instead of cut square; a step's photos share one."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """bf16 and fp16 keep float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time. A --preset may ask for it."""
     checkpoint_every: int = 100
     """Steps between checkpoints, from which a killed run goes on."""
+    previews: bool = False
+    """Draw the sample prompts with each checkpoint, beside the training and if the cluster has a worker to spare."""
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
     """Workers and memory."""
 
+    preset: Literal["1x24GB", "1x80GB", "8x80GB"] | None = None
+    """Defaults for GPUs of this number and memory, here and for steps, batch and precision; other options win."""
     workers: int | None = None
-    """Training workers. By default one a local GPU, or else 2 on the CPU."""
+    """Training workers. By default the preset's, or one a local GPU, or else 2 on the CPU."""
+    min_workers: int | None = None
+    """Go on with so few training workers when nodes are lost, and with more when they come back. By default all."""
+    lanes: int | None = None
+    """Groups of workers that train subjects side by side. By default as many as the cluster has room for."""
     cpus_per_worker: int = 1
     """CPU cores of a worker; on the CPU also its threads."""
     gpus_per_worker: float | None = None
-    """GPUs of a worker. By default 1 where this machine has a GPU, else 0; set it when only the cluster does."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too."""
-    offload: Literal["none", "cpu"] = "none"
-    """Keep optimizer states (and under stage 3 the weights) in host memory."""
+    """GPUs of a worker. By default 1 with a preset or where this machine has a GPU, else 0; set it when only the
+    cluster does."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too. By default the preset's, or 2."""
+    offload: Literal["none", "cpu", "nvme"] | None = None
+    """Keep optimizer states (and under stage 3 the weights) in host memory, or under stage 3 on a local disk. By
+    default as the preset says, or not."""
+    nvme_path: str | None = None
+    """Folder on every node's own disk, for --offload nvme; what is in it means nothing after the run."""
+    deepspeed: str | None = None
+    """JSON file of further settings in DeepSpeed's own form; what an option says is not its to say."""
     device_memory: float | None = None
-    """GiB of memory of one device, for the plan. By default this machine's own."""
+    """GiB of memory of one device, for the plan. By default this machine's own, or the preset's."""
 
 
 @dataclass(frozen=True)

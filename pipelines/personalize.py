@@ -14,14 +14,17 @@ quiet_libraries()
 import shlex  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 from dreambooth.store import SubjectStore, Version  # noqa: E402
 from pipelines.describe import describe  # noqa: E402
 from pipelines.options import Options, parse  # noqa: E402
 from pipelines.plan import Plan, make_plan  # noqa: E402
-from pipelines.run import PlannedSubject  # noqa: E402
+from pipelines.run import Lane, PlannedSubject  # noqa: E402
+
+_SUBJECTS_A_LANE = 8
+"""Subjects that a lane trains before they are published."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,7 @@ def run_plan(plan: Plan, display: Display) -> list[Outcome]:
 
 
 def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: Display) -> list[Outcome]:
-    from pipelines.finetune import finetune
     from pipelines.priors import generate_priors
-    from pipelines.publish import publish
     from pipelines.session import check_reachable, ray_session
     from pipelines.training_set import encode_training_sets
 
@@ -83,20 +84,56 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
         waiting = [one for one in waiting if one.run.subject not in stopped]
         encode_training_sets(store, [stage for one in waiting for stage in one.stages], lane, display)
         for planned in waiting:
-            run = planned.run
-            display.say(f"{run.subject}: {run.instance_prompt!r}, version {run.version}")
-            try:
-                every = plan.options.training.checkpoint_every
-                checkpoints = [finetune(store, stage, every, display) for stage in run.stages]
-                version = publish(store, planned, checkpoints, display)
-            except Exception as error:  # whatever it is, it must not take the other subjects down
-                traceback.print_exc()
-                outcomes.append(Outcome(run.subject, None, f"{_reason(error)} (traceback in the log)"))
-            else:
-                for stage in run.stages:
-                    (store.root / "runs" / stage.key / "finetune").delete()
-                outcomes.append(Outcome(run.subject, version))
+            display.say(f"{planned.run.subject}: {planned.run.instance_prompt!r}, version {planned.run.version}")
+        for part in _rounds(waiting, lane, plan.options.cluster.lanes):
+            outcomes += _train_round(plan, part, display)
     return outcomes
+
+
+def _rounds(waiting: Sequence[PlannedSubject], lane: Lane, lanes: int | None) -> Iterator[Sequence[PlannedSubject]]:
+    """Some subjects at a time: the lanes' start-up is shared, and the weights that wait to be published stay few."""
+    from pipelines.finetune import lanes_with_room
+
+    size = _SUBJECTS_A_LANE * (lanes or lanes_with_room(lane))
+    for start in range(0, len(waiting), size):
+        yield waiting[start : start + size]
+
+
+def _train_round(plan: Plan, part: Sequence[PlannedSubject], display: Display) -> Iterator[Outcome]:
+    from pipelines.checkpoints import checkpoint_folder, final_checkpoint
+    from pipelines.finetune import finetune
+    from pipelines.publish import publish
+
+    store, chosen = plan.store, plan.options
+    failures: dict[str, str] = {}
+    for number in range(len(plan.backbones)):
+        runs = [planned.run.stages[number] for planned in part if planned.run.subject not in failures]
+        untrained = finetune(
+            store,
+            runs,
+            chosen.training.checkpoint_every,
+            display,
+            lanes=chosen.cluster.lanes,
+            min_workers=chosen.cluster.min_workers,
+            nvme_path=chosen.cluster.nvme_path,
+            previews=chosen.training.previews,
+        )
+        failures |= {run.subject: untrained[run.key] for run in runs if run.key in untrained}
+    for planned in part:
+        run = planned.run
+        if run.subject in failures:
+            yield Outcome(run.subject, None, failures[run.subject])
+            continue
+        try:
+            checkpoints = [final_checkpoint(store, stage) for stage in run.stages]
+            version = publish(store, planned, [found for found in checkpoints if found is not None], display)
+        except Exception as error:  # whatever it is, it must not take the other subjects down
+            traceback.print_exc()
+            yield Outcome(run.subject, None, f"{_reason(error)} (traceback in the log)")
+        else:
+            for stage in run.stages:
+                checkpoint_folder(store, stage).delete()
+            yield Outcome(run.subject, version)
 
 
 def _reason(error: BaseException) -> str:

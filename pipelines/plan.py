@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
-import psutil
 import torch
 
 from dreambooth.backbones import (
@@ -19,25 +16,31 @@ from dreambooth.backbones import (
     LowResolution,
     open_backbone,
 )
-from dreambooth.class_noun import FoundNoun, find_class_noun
-from dreambooth.identifier import Identifier, check_identifier, find_identifier
-from dreambooth.judges.clip import ClipJudge
 from dreambooth.memory import MemoryPlan, plan_memory
-from dreambooth.presets import preset_of
+from dreambooth.presets import MachinePreset, machine_preset, preset_of
 from dreambooth.prior_set import PriorSet
 from dreambooth.prompts import class_prompt, default_samples, fill
 from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
 from dreambooth.store import SubjectStore
-from dreambooth.subject import Subject, SubjectSpec, load_manifest, load_subject
+from dreambooth.subject import SubjectSpec
+from dreambooth.views import Size, bucket_frames, view_count
+from pipelines.lane import GIB, check_engine, check_nvme_path, device_bytes, gpus_per_worker, make_lane
 from pipelines.options import Options
-from pipelines.run import Lane, PlannedSubject, Run, Training
-
-GIB = 2**30
+from pipelines.run import Lane, PlannedSubject, Run, Training, subject_phrase
+from pipelines.subjects import identifier_of, photo_prompts, read_subject, subject_specs
 
 _POSITIVE = (
     *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
     "text_encoder_learning_rate",
-    *("gradient_accumulation", "min_snr_gamma", "checkpoint_every", "workers", "cpus_per_worker"),
+    *(
+        "gradient_accumulation",
+        "min_snr_gamma",
+        "checkpoint_every",
+        "workers",
+        "min_workers",
+        "lanes",
+        "cpus_per_worker",
+    ),
     *("device_memory", "sample_steps"),
 )
 _NOT_NEGATIVE = (
@@ -61,6 +64,7 @@ class Plan:
     """All subjects by name, as they were given."""
     memory: tuple[MemoryPlan, ...]
     """Of each backbone; they are trained one after another."""
+    lane: Lane
     device_bytes: int | None
 
     @property
@@ -95,10 +99,13 @@ def make_plan(options: Options) -> Plan:
     stages = [(backbone, training)]
     if options.model.super_resolution is not None:
         stages.append(_super_resolution(options, backbone, training))
-    lane = _lane(options)
+    lane = make_lane(options, _machine_preset(options, backbone))
+    check_nvme_path(options, lane)
+    for stage in stages:
+        check_engine(*stage, lane)
     memory = tuple(_memory(*stage, lane) for stage in stages)
     store = SubjectStore(options.run.store)
-    specs = _specs(options)
+    specs = subject_specs(options)
     prior_sampler = _prior_sampler(options, backbone, training, lane) if training.prior_images else None
     subjects, failures = [], {}
     taken: set[str] = set()
@@ -114,7 +121,7 @@ def make_plan(options: Options) -> Plan:
             subjects.append(_with_super_resolution(planned, options, *stages[1:]))
     order = tuple(spec.name for spec in specs)
     backbones = tuple(backbone for backbone, _ in stages)
-    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, _device_bytes(options, lane))
+    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, lane, device_bytes(options, lane))
     _check_disk(plan)
     if not options.run.dry_run:
         store.check_writable()
@@ -137,39 +144,67 @@ def _check_numbers(options: Options) -> None:
         raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
     if options.prior.prior_scheduler is not None:
         scheduler_class(options.prior.prior_scheduler)
+    if options.training.method == "textual-inversion":
+        _check_inversion(options)
     if options.model.noise_level is not None and options.model.super_resolution is None:
         raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
-    if options.cluster.offload != "none" and options.cluster.zero_stage == 0:
-        raise ValueError("--offload cpu needs --zero-stage 1, 2 or 3")
-    if options.training.precision == "bf16" and options.cluster.zero_stage == 0:
-        raise ValueError("--precision bf16 needs --zero-stage 1, 2 or 3, which keep float32 masters of the weights")
+    if options.prior.prior_kind == "teacher":
+        _check_teacher(options)
+    if options.training.buckets and options.model.super_resolution is not None:
+        raise ValueError("--buckets keeps photos from being square, which --super-resolution enlarges: leave one out")
     if (values["gpus_per_worker"] or 0) > 1:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 
 
+def _check_inversion(options: Options) -> None:
+    for given, name in (
+        (options.model.train_text_encoder, "train-text-encoder"),
+        (options.model.super_resolution, "super-resolution"),
+    ):
+        if given:
+            raise ValueError(
+                f"--method textual-inversion trains nothing but the identifier's embeddings: leave out --{name}"
+            )
+
+
+def _check_teacher(options: Options) -> None:
+    for given, name in (
+        (not options.prior.prior_weight, "--prior-weight 0"),
+        (options.model.super_resolution, "--super-resolution"),
+        (options.training.method != "dreambooth", f"--method {options.training.method}"),
+    ):
+        if given:
+            raise ValueError(f"--prior-kind teacher is of a prior term, and {name} trains without: leave one out")
+
+
 def _training(options: Options, backbone: Backbone, low_resolution: LowResolution | None = None) -> Training:
     """The settings of a stage. Ruiz et al. tune super-resolution on the subject's photos alone, without a prior."""
-    preset, chosen = preset_of(backbone), options.training
+    preset, machine, chosen = preset_of(backbone), _machine_preset(options, backbone), options.training
     with_text = options.model.train_text_encoder
     resolution = backbone.default_resolution
     if low_resolution is None and options.model.resolution is not None:
         resolution = options.model.resolution
-    prior_weight = options.prior.prior_weight if low_resolution is None else 0.0
+    inversion = chosen.method == "textual-inversion"
+    prior_weight = options.prior.prior_weight if low_resolution is None and not inversion else 0.0
     backbone.check_resolution(resolution)
-    on_gpu = _gpus_per_worker(options) > 0
-    rate = chosen.learning_rate or (preset.learning_rate_with_text_encoder if with_text else preset.learning_rate)
-    steps = chosen.steps or preset.steps
+    on_gpu = gpus_per_worker(options) > 0
+    default_rate = (machine or preset).learning_rate
+    steps, rate = (machine or preset).steps, preset.learning_rate_with_text_encoder if with_text else default_rate
+    if inversion:
+        steps, rate = preset.inversion_steps, preset.inversion_learning_rate
+    steps, rate = chosen.steps or steps, chosen.learning_rate or rate
     if chosen.warmup_steps >= steps:
         raise ValueError(f"--warmup-steps {chosen.warmup_steps} leaves nothing of {steps} steps: use fewer")
     return Training(
-        trained=(backbone.denoiser, *(backbone.text_encoders if with_text else ())),
+        method=chosen.method,
+        trained=() if inversion else (backbone.denoiser, *(backbone.text_encoders if with_text else ())),
         resolution=resolution,
         steps=steps,
         learning_rate=rate,
         text_encoder_learning_rate=(chosen.text_encoder_learning_rate or rate) if with_text else 0.0,
         schedule=chosen.schedule,
         warmup_steps=chosen.warmup_steps,
-        batch=chosen.batch or preset.batch,
+        batch=chosen.batch or (machine or preset).batch,
         gradient_accumulation=chosen.gradient_accumulation,
         prior_weight=prior_weight,
         prior_images=(options.prior.prior_images or preset.prior_images) if prior_weight else 0,
@@ -178,10 +213,30 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         ema_decay=chosen.ema_decay,
         weight_decay=chosen.weight_decay,
         max_grad_norm=chosen.max_grad_norm,
-        precision=chosen.precision or ("bf16" if on_gpu else "fp32"),
-        gradient_checkpointing=chosen.gradient_checkpointing,
+        optimizer=chosen.optimizer,
+        precision=chosen.precision or (machine.precision if machine else "bf16" if on_gpu else "fp32"),
+        gradient_checkpointing=chosen.gradient_checkpointing or bool(machine and machine.gradient_checkpointing),
         low_resolution=low_resolution,
+        flip=chosen.flip,
+        random_crop=chosen.random_crop,
+        views=view_count(chosen.flip, chosen.random_crop),
+        frames=_frames(backbone, resolution) if chosen.buckets else (),
+        prior_kind=options.prior.prior_kind,
     )
+
+
+def _machine_preset(options: Options, backbone: Backbone) -> MachinePreset | None:
+    return machine_preset(backbone, options.cluster.preset) if options.cluster.preset else None
+
+
+def _frames(backbone: Backbone, resolution: int) -> tuple[Size, ...]:
+    frames = bucket_frames(resolution, backbone.side_multiple)
+    if len(frames) == 1:
+        raise ValueError(
+            f"--buckets: {backbone.source!r} takes sides that are multiples of {backbone.side_multiple}, and at a "
+            f"resolution of {resolution} only the square has such: raise --resolution, or leave --buckets out"
+        )
+    return tuple(frames)
 
 
 def _super_resolution(options: Options, backbone: Backbone, training: Training) -> tuple[Backbone, Training]:
@@ -240,53 +295,11 @@ def _memory(backbone: Backbone, training: Training, lane: Lane) -> MemoryPlan:
         workers=lane.workers,
         offload=lane.offload,
         gradient_checkpointing=training.gradient_checkpointing,
+        gradient_accumulation=training.gradient_accumulation,
+        optimizer=training.optimizer,
         ema=training.ema_decay > 0,
+        teacher=training.prior_kind == "teacher",
     )
-
-
-def _lane(options: Options) -> Lane:
-    chosen, gpus = options.cluster, _gpus_per_worker(options)
-    workers = chosen.workers or (max(1, torch.cuda.device_count()) if gpus else min(2, psutil.cpu_count() or 1))
-    return Lane(workers, chosen.cpus_per_worker, gpus, chosen.zero_stage, chosen.offload)
-
-
-def _gpus_per_worker(options: Options) -> float:
-    if options.cluster.gpus_per_worker is not None:
-        return options.cluster.gpus_per_worker
-    return 1.0 if torch.cuda.is_available() else 0.0
-
-
-def _specs(options: Options) -> list[SubjectSpec]:
-    chosen = options.subject
-    single = {"subject": chosen.subject, "images": chosen.images, "class-noun": chosen.class_noun}
-    single["identifier"] = chosen.identifier
-    given = [f"--{name}" for name, value in single.items() if value]
-    if chosen.manifest is not None:
-        if given:
-            raise ValueError(f"--manifest lists the subjects itself: leave out {', '.join(given)}")
-        return load_manifest(chosen.manifest)
-    if not chosen.images:
-        if given:
-            raise ValueError(f"no images: {', '.join(given)} came without --images FOLDER")
-        from dreambooth.embedded import sample_subject
-
-        return [sample_subject()]
-    if chosen.class_noun is None and chosen.class_noun_judge is None:
-        raise ValueError(
-            '--class-noun is missing: say what the images show, for example --class-noun "dog", or name a CLIP model '
-            "that finds it, for example --class-noun-judge openai/clip-vit-large-patch14"
-        )
-    name = chosen.subject or _name_from(chosen.images[0])
-    return [SubjectSpec(name, chosen.images, chosen.class_noun, chosen.identifier, ())]
-
-
-def _name_from(images: str) -> str:
-    parts = [part for part in re.split(r"[/\\]", images) if part and not set(part) & set("*?[]")]
-    stem = re.sub(r"\.\w+$", "", parts[-1]) if parts else ""
-    name = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-_")[:63]
-    if not name:
-        raise ValueError(f"--subject is missing, and no name can be made of --images {images}")
-    return name
 
 
 def _plan_subject(
@@ -299,8 +312,8 @@ def _plan_subject(
     prior_sampler: SamplerSettings | None,
     taken: set[str],
 ) -> PlannedSubject:
-    subject, found_noun = _load(options, spec)
-    identifier = _identifier(options, spec, backbone, store, taken)
+    subject, found_noun = read_subject(options, spec)
+    identifier = identifier_of(options, spec, backbone, store, taken)
     sampling: dict[str, Any] = {
         "resolution": training.resolution,
         "threads": lane.cpus_per_worker,
@@ -315,7 +328,8 @@ def _plan_subject(
         **_drawing(options, backbone),
     )
     templates = spec.prompts or options.samples.sample_prompts or default_samples(subject.class_noun)
-    prompts = tuple(fill(template, identifier.text, subject.class_noun) for template in templates)
+    phrase = subject_phrase(training.method, identifier.text, subject.class_noun)
+    prompts = tuple(fill(template, phrase) for template in templates)
     backbone.tokenize(prompts)
     run = Run(
         subject=subject.name,
@@ -330,26 +344,9 @@ def _plan_subject(
         samples=samples,
         sample_prompts=prompts,
         seed=options.run.seed,
+        captions=photo_prompts(subject, phrase, backbone),
     )
     return PlannedSubject(subject, run, found_noun)
-
-
-def _load(options: Options, spec: SubjectSpec) -> tuple[Subject, FoundNoun | None]:
-    if spec.class_noun is not None:
-        return load_subject(spec.name, spec.images, spec.class_noun), None
-    if options.subject.class_noun_judge is None:
-        raise ValueError(
-            f"subject {spec.name!r} has no class noun: give it in the manifest, or name a CLIP model that finds it "
-            "with --class-noun-judge"
-        )
-    subject = load_subject(spec.name, spec.images, "subject")
-    found = find_class_noun(_judge(options.subject.class_noun_judge), [image.pixels() for image in subject.images])
-    return replace(subject, class_noun=found.noun), found
-
-
-@cache
-def _judge(source: str) -> ClipJudge:
-    return ClipJudge(source)
 
 
 def _prior_sampler(options: Options, backbone: Backbone, training: Training, lane: Lane) -> SamplerSettings:
@@ -374,31 +371,6 @@ def _prior_sampler(options: Options, backbone: Backbone, training: Training, lan
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def _identifier(
-    options: Options, spec: SubjectSpec, backbone: Backbone, store: SubjectStore, taken: set[str]
-) -> Identifier:
-    tokenizers = tuple(backbone.tokenizers.values())
-    used = store.identifiers(besides=spec.name) | taken
-    wanted = spec.identifier or store.identifier(spec.name)
-    if wanted is None:
-        return find_identifier(
-            tokenizers, seed=options.run.seed, subject=spec.name, used=used, clean=backbone.clean_prompt
-        )
-    identifier = check_identifier(wanted, tokenizers, backbone.clean_prompt)
-    if identifier.text in used:
-        raise ValueError(f"--identifier {identifier.text!r} belongs to another subject of {store.root}: choose another")
-    return identifier
-
-
-def _device_bytes(options: Options, lane: Lane) -> int | None:
-    """Memory that one worker may use; None when it is a GPU that this machine cannot see."""
-    if options.cluster.device_memory is not None:
-        return int(options.cluster.device_memory * GIB)
-    if lane.gpus_per_worker:
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return psutil.virtual_memory().total // lane.workers
 
 
 def _check_disk(plan: Plan) -> None:

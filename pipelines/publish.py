@@ -8,31 +8,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from dreambooth.backbones import Backbone
 from dreambooth.contact_sheet import Row, contact_sheet
 from dreambooth.prior_set import PriorSet
-from dreambooth.sampling import DTYPES, load_pipeline, sample
-from dreambooth.storage import Location
 from dreambooth.store import SubjectStore, Version
 from dreambooth.subject import Subject, read_image
-from pipelines.checkpoints import read_checkpoint
+from pipelines.checkpoints import Checkpoint
 from pipelines.console import Display, Stage
 from pipelines.run import PlannedSubject, Run
+from pipelines.trained import TrainedStage
 
 _PRIORS_SHOWN = 6
 _SUPER_RESOLUTION = "super_resolution"
 
 
-def publish(store: SubjectStore, planned: PlannedSubject, checkpoints: Sequence[Location], display: Display) -> Version:
+def publish(
+    store: SubjectStore, planned: PlannedSubject, checkpoints: Sequence[Checkpoint], display: Display
+) -> Version:
     """Draw the sample prompts with the trained weights and publish everything as the run's version.
 
     `checkpoints` has one for each of the run's stages.
@@ -53,40 +52,15 @@ def _publish(publisher: Any, planned: PlannedSubject, stage: Stage) -> Version:
     return version
 
 
-class _TrainedStage:
-    """A stage of the run: its trained parts as they are published, and the pipeline that draws with them."""
-
-    def __init__(self, store: SubjectStore, run: Run, checkpoint: Location) -> None:
-        self._run = run
-        self.backbone = store.open_backbone(run.backbone)
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.download(Path(folder))
-            _, state = read_checkpoint(Path(folder))
-        dtype = DTYPES[run.training.precision]
-        networks = {name: trained_network(self.backbone, name, state, dtype) for name in run.training.trained}
-        self.parts: dict[str, Any] = networks | self.backbone.trained_parts()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._pipeline = load_pipeline(self.backbone, run.samples, device, self.parts)
-
-    def draw(self, prompt: str, seed: int, small: Sequence[Image.Image]) -> list[Image.Image]:
-        """The image of a prompt; a super-resolution stage enlarges the image that the stage before has drawn."""
-        low = self._run.training.low_resolution
-        options = {} if low is None else {"noise_level": low.noise_level}
-        return sample(self._pipeline, [prompt], [seed], self._run.samples, small, **options)
-
-    def save(self, folder: Path) -> None:
-        """Write the trained parts, each to a folder of its name."""
-        self._pipeline.to("cpu")
-        for name, part in self.parts.items():
-            part.save_pretrained(folder / name)
-
-
 class _Publisher:
     """An actor on a worker's resources: it holds the trained pipelines, draws, and publishes."""
 
-    def __init__(self, store_uri: str, run: Run, checkpoints: Sequence[Location]) -> None:
+    def __init__(self, store_uri: str, run: Run, checkpoints: Sequence[Checkpoint]) -> None:
         self._store, self._run = SubjectStore(store_uri), run
-        self._stages = [_TrainedStage(self._store, *stage) for stage in zip(run.stages, checkpoints, strict=True)]
+        self._stages = [
+            TrainedStage(self._store, stage, checkpoint.read())
+            for stage, checkpoint in zip(run.stages, checkpoints, strict=True)
+        ]
         self._samples: list[Image.Image] = []
 
     def draw(self, number: int) -> None:
@@ -118,21 +92,13 @@ class _Publisher:
             return self._store.publish(run.subject, run.version, folder, manifest, first.parts)
 
 
-def trained_network(backbone: Backbone, component: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A network of the backbone with the parameters of a checkpoint's state, on the CPU in `dtype`."""
-    network = backbone.load(component)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(state[f"param.networks.{component}.{name}"])
-    return network.to(dtype)
-
-
 def lineage(run: Run, backbone: Backbone) -> dict[str, Any]:
     """What a version's manifest says of where it comes from."""
     return {
         "class_noun": run.class_noun,
         "identifier": run.identifier,
         "token_ids": list(run.token_ids),
+        "phrase": run.phrase,
         "instance_prompt": run.instance_prompt,
         "backbone": {"family": backbone.family, "hash": run.backbone},
         "prior_set": run.prior.key if run.prior else None,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from dreambooth.backbones import LowResolution
+from dreambooth.backbones import Backbone, LowResolution
 from dreambooth.class_noun import FoundNoun
 from dreambooth.learning_rate import Schedule
 from dreambooth.prior_set import PriorSet
@@ -14,13 +14,19 @@ from dreambooth.prompts import class_prompt, instance_prompt
 from dreambooth.sampling import SamplerSettings
 from dreambooth.storage import digest
 from dreambooth.subject import Subject
+from dreambooth.views import Size, nearest_frame
+
+Method = Literal["dreambooth", "textual-inversion"]
+PriorKind = Literal["images", "teacher"]
 
 
 @dataclass(frozen=True)
 class Training:
     """Settings of the fine-tuning that determine its result."""
 
+    method: Method
     trained: tuple[str, ...]
+    """Networks that are trained; none by Textual Inversion."""
     resolution: int
     steps: int
     learning_rate: float
@@ -36,10 +42,27 @@ class Training:
     ema_decay: float
     weight_decay: float
     max_grad_norm: float
+    optimizer: str
     precision: str
     gradient_checkpointing: bool
     low_resolution: LowResolution | None = None
     """What a super-resolution stage is conditioned on."""
+    flip: bool = False
+    random_crop: bool = False
+    views: int = 1
+    """How often each photo was encoded, as flips and crops show it."""
+    frames: tuple[Size, ...] = ()
+    """The frames of aspect-ratio buckets; none where all photos are cut square."""
+    prior_kind: PriorKind = "images"
+    """The target of the prior term: the class-prior images, or the frozen teacher's prediction on them."""
+
+    def frame_of(self, photo: Size) -> Size:
+        """The frame in which a photo of this size is shown."""
+        return nearest_frame(photo, self.frames or [(self.resolution, self.resolution)])
+
+    def trains_text(self, backbone: Backbone) -> bool:
+        """Whether the embeddings of prompts change while training."""
+        return self.method == "textual-inversion" or any(name in self.trained for name in backbone.text_encoders)
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,8 @@ class Lane:
     gpus_per_worker: float
     zero_stage: int
     offload: str
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed settings of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +98,8 @@ class Run:
     seed: int
     super_resolution: Run | None = None
     """The same subject on the backbone that enlarges this one's images, when a cascade is trained."""
+    captions: tuple[str, ...] = ()
+    """The prompt of each instance image; without captions all carry the instance prompt."""
 
     @cached_property
     def key(self) -> str:
@@ -90,18 +117,38 @@ class Run:
         return (self,) if self.super_resolution is None else (self, self.super_resolution)
 
     @property
+    def draws_alone(self) -> bool:
+        """Whether the stage draws from text alone, and does not enlarge what another has drawn."""
+        return self.training.low_resolution is None
+
+    @property
+    def phrase(self) -> str:
+        """What the subject is called in prompts: [V] [class noun], or by Textual Inversion [V]."""
+        return subject_phrase(self.training.method, self.identifier, self.class_noun)
+
+    @property
     def instance_prompt(self) -> str:
         """a [V] [class noun]."""
-        return instance_prompt(self.identifier, self.class_noun)
+        return instance_prompt(self.phrase)
 
     @property
     def class_prompt(self) -> str:
         """a [class noun]."""
         return class_prompt(self.class_noun)
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt of each instance image."""
+        return self.captions or (self.instance_prompt,) * len(self.images)
+
     def as_dict(self) -> dict[str, Any]:
         """A JSON-like form."""
         return asdict(self)
+
+
+def subject_phrase(method: Method, identifier: str, class_noun: str) -> str:
+    """What a subject is called in prompts."""
+    return identifier if method == "textual-inversion" else f"{identifier} {class_noun}"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from PIL import Image
 from ray.data import ActorPoolStrategy
 from safetensors.torch import save_file
 
@@ -23,7 +24,8 @@ from dreambooth.prior_set import latent
 from dreambooth.sampling import to_pixels
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
-from dreambooth.subject import Subject, square_crop
+from dreambooth.subject import Subject
+from dreambooth.views import Size, View, views
 from pipelines.console import Display
 from pipelines.run import Lane, PlannedSubject, Run
 
@@ -33,8 +35,9 @@ HALVES = ("instance", "prior")
 def location_of(store: SubjectStore, run: Run) -> Location:
     """Where the run's training set is: a safetensors file.
 
-    `instance.mean`, `instance.log_variance` (n, C, h, w); `prior.*` likewise; `instance.time_ids` and such (n, ...);
-    `text.NAME` (2, ...) or `ids.NAME` (2, length), whose rows are the instance prompt and the class prompt.
+    For every frame of HEIGHTxWIDTH pixels in which photos are shown, `instance.HEIGHTxWIDTH.mean` and `.log_variance`
+    (photos, views, C, h, w), `.time_ids` and such (photos, views, ...) and `.prompt` (photos, views), which says which
+    row of `text.NAME` (prompts, ...) or `ids.NAME` (prompts, length) labels it; `prior.HEIGHTxWIDTH.*` likewise.
     """
     return store.root / "runs" / run.key / "training_set.safetensors"
 
@@ -92,25 +95,40 @@ class TrainingSetEncoder:
     @torch.no_grad()
     def _text(self, run: Run) -> dict[str, torch.Tensor]:
         assert self._backbone is not None
-        ids = self._backbone.tokenize([run.instance_prompt, run.class_prompt])
-        if any(name in run.training.trained for name in self._backbone.text_encoders):
-            return {f"ids.{name}": value for name, value in ids.items()}
+        ids = self._backbone.tokenize(_distinct_prompts(run))
+        trained = run.training.trains_text(self._backbone)
+        tensors = {f"ids.{name}": value for name, value in ids.items()} if trained else {}
+        if trained and run.training.prior_kind != "teacher":
+            return tensors
         encoders = {name: self._network(name) for name in self._backbone.text_encoders}
         text = self._backbone.encode_text(encoders, {name: value.to(self._device) for name, value in ids.items()})
-        return {f"text.{name}": value for name, value in text.items()}
+        return tensors | {f"text.{name}": value for name, value in text.items()}
 
     def _instances(self, subject: Subject, run: Run) -> dict[str, torch.Tensor]:
+        training, prompts = run.training, _distinct_prompts(run)
+        photos: dict[Size, list[dict[str, torch.Tensor]]] = {}
+        for number, (image, prompt) in enumerate(zip(subject.images, run.prompts, strict=True)):
+            original, pixels = (image.height, image.width), image.pixels()
+            frame = training.frame_of(original)
+            key = (run.seed, run.subject, "view", number)
+            shown = views(
+                original, frame, *key, count=training.views, flip=training.flip, random_crop=training.random_crop
+            )
+            rows = [self._encode(pixels, view) | {"prompt": torch.tensor(prompts.index(prompt))} for view in shown]
+            photos.setdefault(frame, []).append(_stacked(rows))
+        return {
+            f"{_columns('instance', frame)}.{name}": value
+            for frame, rows in photos.items()
+            for name, value in _stacked(rows).items()
+        }
+
+    def _encode(self, photo: Image.Image, view: View) -> dict[str, torch.Tensor]:
+        """The latent of a view of a photo, and what the denoiser is told of its size."""
         assert self._backbone is not None
-        resolution = run.training.resolution
         encoders = {name: self._network(name) for name in self._backbone.image_encoders}
-        rows: dict[str, list[torch.Tensor]] = {}
-        for image in subject.images:
-            square, original_size, crop = square_crop(image.pixels(), resolution)
-            mean, log_variance = self._backbone.encode_images(encoders, to_pixels([square]).to(self._device))
-            sizes = self._backbone.size_conditioning(original_size, crop, (resolution, resolution))
-            for name, value in {"mean": mean[0], "log_variance": log_variance[0], **sizes}.items():
-                rows.setdefault(f"instance.{name}", []).append(value.cpu())
-        return {name: torch.stack(values) for name, values in rows.items()}
+        mean, log_variance = self._backbone.encode_images(encoders, to_pixels([view.show(photo)]).to(self._device))
+        sizes = self._backbone.size_conditioning(view.original, view.corner, view.frame)
+        return {"mean": mean[0].cpu(), "log_variance": log_variance[0].cpu(), **sizes}
 
     def _priors(self, run: Run) -> dict[str, torch.Tensor]:
         assert self._backbone is not None
@@ -119,10 +137,24 @@ class TrainingSetEncoder:
         columns = ["latent_shape", "latent_mean", "latent_log_variance"]
         rows = list(run.prior.rows(self._store.root, run.training.prior_images, columns))
         tensors = {
-            f"prior.{name}": torch.from_numpy(np.stack([latent(row, f"latent_{name}") for row in rows]))
+            name: torch.from_numpy(np.stack([latent(row, f"latent_{name}") for row in rows]))
             for name in ("mean", "log_variance")
         }
         size = (run.training.resolution, run.training.resolution)
-        for name, value in self._backbone.size_conditioning(size, (0, 0), size).items():
-            tensors[f"prior.{name}"] = value.expand(len(rows), *value.shape)
-        return tensors
+        same = self._backbone.size_conditioning(size, (0, 0), size)
+        same["prompt"] = torch.tensor(_distinct_prompts(run).index(run.class_prompt))
+        tensors |= {name: value.expand(len(rows), *value.shape) for name, value in same.items()}
+        return {f"{_columns('prior', size)}.{name}": value.unsqueeze(1) for name, value in tensors.items()}
+
+
+def _distinct_prompts(run: Run) -> list[str]:
+    """The rows of `text` and `ids`."""
+    return list(dict.fromkeys([*run.prompts, run.class_prompt]))
+
+
+def _columns(half: str, frame: Size) -> str:
+    return f"{half}.{frame[0]}x{frame[1]}"
+
+
+def _stacked(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

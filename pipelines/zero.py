@@ -1,7 +1,7 @@
 """DeepSpeed's engine, and its sharded state in a form that belongs to no ZeRO stage.
 
-`full_state` and `restore` speak of whole float32 parameters and AdamW moments by name. What they exchange is plain
-tensors in safetensors files: no pickle, and nothing of how the state was sharded.
+`full_state` and `restore` speak of whole float32 parameters and the optimizer's state of them by name. What they
+exchange is plain tensors in safetensors files: no pickle, and nothing of how the state was sharded.
 """
 
 from __future__ import annotations
@@ -23,50 +23,67 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from pipelines.compiled_ops import compile_ops
+from pipelines.deepspeed_config import merged
+from pipelines.optimizers import MOMENTS, STATES, make_optimizer, set_state, state_of
 from pipelines.run import Lane, Training
 
 PARAMETER, AVERAGE = "param", "average"
 """Prefixes of a parameter's name in a checkpoint: the parameter itself, and its moving average."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, besides the step."""
+LOSS_SCALER = "loss_scaler"
+"""Name of the dynamic loss scaler's state in a checkpoint of a run in fp16."""
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def engine_config(training: Training, lane: Lane) -> dict[str, Any]:
-    """DeepSpeed's configuration. Clipping belongs here: done before the engine's step it would see shards."""
-    micro_batch = training.batch // (lane.workers * training.gradient_accumulation)
+def engine_config(training: Training, lane: Lane, world: int, disk: str | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world` workers, the user's settings over ours.
+
+    `disk` is a folder for what is offloaded to one. Clipping belongs here: done before the engine's step it would see
+    shards.
+    """
+    micro_batches = lane.workers * training.gradient_accumulation
+    micro_batch, passes = training.batch // micro_batches, math.ceil(micro_batches / world)
     zero: dict[str, Any] = {"stage": lane.zero_stage}
-    if lane.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
+    if lane.offload != "none":
+        place = {"device": lane.offload} | ({"nvme_path": disk} if lane.offload == "nvme" else {})
+        zero["offload_optimizer"] = place
         if lane.zero_stage == 3:
-            zero["offload_param"] = {"device": "cpu"}
+            zero["offload_param"] = place
     config: dict[str, Any] = {
-        "train_batch_size": training.batch,
+        "train_batch_size": micro_batch * passes * world,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": training.gradient_accumulation,
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": training.precision == "bf16"},
+        # An overflow lowers the scale at once: the step is done again, and with the same scale it would overflow again.
+        "fp16": {"enabled": training.precision == "fp16", "hysteresis": 1},
         "steps_per_print": 10**9,
     }
-    if training.precision == "bf16" and training.gradient_accumulation > 1:
+    if training.precision != "fp32" and passes > 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
+    return merged(config, lane.deepspeed)
 
 
-def start_engine(module: nn.Module, groups: Sequence[dict[str, Any]], training: Training, lane: Lane) -> Any:
-    """Wrap `module` (float32, all of it trained) in an engine with AdamW; float32 masters equal its weights now.
+def start_engine(
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    training: Training,
+    lane: Lane,
+    disk: str | None = None,
+) -> Any:
+    """Wrap `module` (float32, all of it trained) in an engine with an optimizer; float32 masters equal its weights now.
 
-    `groups` are AdamW's: the parameters of `module` with their `initial_lr`, which `set_learning_rate` multiplies.
+    `groups` are the optimizer's: the parameters of `module` with their `initial_lr`, by which `set_learning_rate` goes.
+    `disk` is an empty folder of this rank, for what is offloaded to a disk.
     """
-    compile_ops()
+    compile_ops(with_async_io=lane.offload == "nvme")
     masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    optimizer = torch.optim.AdamW(
-        list(groups), lr=training.learning_rate, weight_decay=training.weight_decay, fused=lane.offload == "none"
-    )
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(training, lane))
-    if training.precision == "bf16":
-        # DeepSpeed makes the masters from weights that it has rounded to bf16 already.
+    optimizer = make_optimizer(groups, training, lane)
+    config = engine_config(training, lane, dist.get_world_size(), disk)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if training.precision != "fp32":
+        # DeepSpeed makes the masters from weights that it has rounded already.
         for name, parameter in engine.module.named_parameters():
             safe_set_full_fp32_param(parameter, masters[name].to(engine.device))
     return engine
@@ -82,6 +99,22 @@ def gradient_norm(engine: Any) -> Tensor:
     """Norm of the last update's whole gradient before clipping, a scalar; NaN under stage 0, which does not keep it."""
     norm = engine.get_global_grad_norm()
     return torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float32, device=engine.device)
+
+
+def overflowed(engine: Any) -> bool:
+    """Whether the last update was left out since its fp16 gradients overflowed: it is to be done again, scaled lower.
+
+    Raises ArithmeticError when the loss is scaled no more, so that the next try would be the same.
+    """
+    scaler = _loss_scaler(engine)
+    if scaler is None or engine.was_step_applied():
+        return False
+    if scaler.cur_scale <= scaler.min_scale:
+        raise ArithmeticError(
+            "the gradients overflow fp16 even without loss scaling; the last checkpoint is kept. Lower "
+            "--learning-rate, or use --precision bf16"
+        )
+    return True
 
 
 class Average:
@@ -118,16 +151,24 @@ class Average:
 
 
 def full_state(engine: Any, with_moments: bool, prefix: str = PARAMETER) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter (`PREFIX.NAME`) and its moments (`exp_avg.NAME`, ...) as whole float32 tensors.
+    """Every parameter (`PREFIX.NAME`) in float32 and the optimizer's state of it (`exp_avg.NAME`, ...), whole.
 
-    A collective: every rank must run it to the end. Each tensor is dropped when the next is asked for.
+    With the optimizer's state comes the loss scaler's, if there is one. A collective: every rank must run it to the
+    end. Each tensor is dropped when the next is asked for.
     """
     plain = _plain_optimizer(engine)
+    if with_moments:
+        _link_moments(engine)
     for name, parameter in engine.module.named_parameters():
         yield f"{prefix}.{name}", parameter.detach() if plain else safe_get_full_fp32_param(parameter)
-        for moment in MOMENTS if with_moments else ():
-            whole = plain.state[parameter][moment] if plain else safe_get_full_optimizer_state(parameter, moment)
-            yield f"{moment}.{name}", whole
+        if with_moments and plain:
+            for state, value in state_of(plain, parameter).items():
+                yield f"{state}.{name}", value
+        elif with_moments:
+            for moment in MOMENTS:
+                yield f"{moment}.{name}", safe_get_full_optimizer_state(parameter, moment)
+    if with_moments and (scaler := _loss_scaler(engine)) is not None:
+        yield LOSS_SCALER, torch.tensor([getattr(scaler, name) for name in _SCALER_STATE], dtype=torch.float64)
 
 
 def restore_average(engine: Any, average: Average, state: Mapping[str, Tensor]) -> None:
@@ -142,31 +183,58 @@ def restore_average(engine: Any, average: Average, state: Mapping[str, Tensor]) 
 
 
 def restore(engine: Any, state: Mapping[str, Tensor], step: int) -> None:
-    """Set AdamW's moments and step from the tensors of `full_state`; the module has its parameters already."""
+    """Set the optimizer's state and step from the tensors of `full_state`; the module has its parameters already."""
     plain = _plain_optimizer(engine)
     if plain:
         for name, parameter in engine.module.named_parameters():
-            plain.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)} | {
-                moment: state[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
-            }
+            kept = {kind: state[key] for kind in STATES if (key := f"{kind}.{name}") in state}
+            set_state(plain, parameter, kept, step)
         return
     base = engine.optimizer.optimizer
-    for shard in _shards(engine):
-        # A fused AdamW wants its step beside the shard.
-        base.state[shard] = {"step": torch.tensor(float(step), device=shard.device)} | {
-            moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS
-        }
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for number, shard in enumerate(_shards(engine)):
+        with _in_memory(engine, number):
+            # A fused AdamW wants its step beside the shard.
+            base.state[shard] = {"step": torch.tensor(float(step), device=shard.device)} | {
+                moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS
+            }
+    _link_moments(engine)
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(engine.device), moment)
+    if (scaler := _loss_scaler(engine)) is not None:
+        scale, *counts = state[LOSS_SCALER].tolist()
+        for name, value in zip(_SCALER_STATE, (scale, *map(int, counts)), strict=True):
+            setattr(scaler, name, value)
     dist.barrier()
+
+
+def _link_moments(engine: Any) -> None:
+    """Let parameters find their moments: DeepSpeed itself links them when the first group has made its first step."""
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _loss_scaler(engine: Any) -> Any | None:
+    """DeepSpeed's dynamic loss scaler where the precision is fp16."""
+    return engine.optimizer.loss_scaler if engine.fp16_enabled() else None
 
 
 def _plain_optimizer(engine: Any) -> torch.optim.Optimizer | None:
     """torch's optimizer where ZeRO stage 0 uses it as it is."""
     return engine.optimizer if isinstance(engine.optimizer, torch.optim.Optimizer) else None
+
+
+@contextmanager
+def _in_memory(engine: Any, shard: int) -> Iterator[None]:
+    """Have a shard, and the optimizer's state of it, in memory while the block runs, if they are on a disk."""
+    zero = engine.optimizer
+    swapped = hasattr(zero, "_swappable_optimizer_subgroup") and zero._swappable_optimizer_subgroup(shard)
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_in(shard)
+    yield
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_out(shard)
 
 
 def _shards(engine: Any) -> list[Tensor]:

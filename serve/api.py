@@ -254,7 +254,7 @@ def make_order(body: ImagesRequest, entry: Entry) -> Order:
     width, height = map(int, body.size.split("x")) if body.size else (samples.resolution, samples.resolution)
     seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
     try:
-        prompt = fill(body.prompt, entry.identifier, entry.class_noun)
+        prompt = fill(body.prompt, entry.phrase)
     except ValueError as error:
         raise ApiError(400, f"prompt: {error}", "prompt") from error
     if body.stream and body.response_format == "url":

@@ -10,11 +10,12 @@ from typing import Any
 from dreambooth.backbones import FAMILIES
 from dreambooth.sampling import SamplerSettings
 from dreambooth.store import SubjectStore
+from dreambooth.textual_inversion import LEARNED_EMBEDS
 from serve.index import Index
 
 _FORMAT = 1
 _PARTS = {
-    family.family: {family.denoiser, *family.image_encoders, *family.text_encoders}
+    family.family: {family.denoiser, *family.image_encoders, *family.text_encoders, LEARNED_EMBEDS}
     for family in FAMILIES
     if family.image_encoders  # the skeleton decodes latents
 }
@@ -32,7 +33,8 @@ class Entry:
     backbone: str
     """Hash of its backbone."""
     identifier: str
-    class_noun: str
+    phrase: str
+    """What the subject is called in prompts."""
     samples: SamplerSettings
     """How the samples that it was published with were drawn."""
     unserved: str | None
@@ -47,7 +49,7 @@ def entry_of(manifest: Mapping[str, Any]) -> Entry:
         created=manifest["created"],
         backbone=manifest["backbone"]["hash"],
         identifier=manifest["identifier"],
-        class_noun=manifest["class_noun"],
+        phrase=manifest["phrase"],
         samples=SamplerSettings(**manifest["run"]["samples"]),
         unserved=why_unserved(manifest),
     )

@@ -16,7 +16,9 @@ class ImagesRequest(BaseModel):
 
     model: str = Field(max_length=200, description="A subject, for its newest version, or `subject@version`.")
     prompt: str = Field(
-        min_length=1, max_length=4000, description="`{subject}` in it stands for the identifier and class noun."
+        min_length=1,
+        max_length=4000,
+        description="`{subject}` in it stands for what the subject is called.",
     )
     n: int = Field(1, ge=1, le=10, description="Number of images.")
     size: str | None = Field(

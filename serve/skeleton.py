@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.backbones import Backbone
+from dreambooth.textual_inversion import LEARNED_EMBEDS
 from serve.order import Order
 
 OnStep = Callable[[int, Callable[[], np.ndarray]], None]
 """Called after each step with its number and a function that gives previews; what it raises ends the drawing."""
+
+
+def tensor_named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of a name, or a row of it as a view: `NAME[7]`; LookupError when there is none."""
+    whole, _, row = name.partition("[")
+    return tensors[whole][int(row.removesuffix("]"))] if row else tensors[whole]
 
 
 class Skeleton:
@@ -29,13 +36,20 @@ class Skeleton:
         if device.type == "cuda":  # tensor cores read convolutions in this layout; CPUs gain nothing from it
             getattr(self.pipeline, backbone.denoiser).to(memory_format=torch.channels_last)
             self.pipeline.vae.to(memory_format=torch.channels_last)
-        networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        networks: dict[str, Any] = {
+            name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)
+        }
         self._live = {
             f"{component}.{name}": tensor
             for component, network in networks.items()
             for name, tensor in network.state_dict().items()
         }
-        self.base: Mapping[str, Tensor] = {name: tensor.to("cpu", copy=True) for name, tensor in self._live.items()}
+        self.base = {name: tensor.to("cpu", copy=True) for name, tensor in self._live.items()}
+        for component in backbone.text_encoders:
+            weight: Tensor = networks[component].get_input_embeddings().weight
+            [name] = [name for name, tensor in self._live.items() if tensor.data_ptr() == weight.data_ptr()]
+            for tensors in (self._live, self.base):
+                tensors[f"{LEARNED_EMBEDS}.{component}"] = tensors[name]
         self._worn: str | None = None
         self._changed: set[str] = set()
         self._estimate: Tensor | None = None
@@ -60,19 +74,24 @@ class Skeleton:
         """
         if name == self._worn:
             return False
-        assert tensors.keys() <= self._live.keys(), f"{name} holds tensors that its backbone lacks"
-        assert all(tensors[key].shape == self._live[key].shape for key in tensors), f"{name} is of another shape"
+        for key, tensor in tensors.items():
+            assert tensor_named(self._live, key).shape == tensor.shape, f"{name} does not fit its backbone: {key}"
         self._worn = None  # should a copy fail midway, the next subject is copied whatever it is
+        back = self._changed - tensors.keys()
         self._changed |= tensors.keys()
-        keys = sorted(self._changed)
-        sources = [tensors.get(key, self.base[key]) for key in keys]
-        with torch.no_grad():
-            if keys:
-                torch._foreach_copy_([self._live[key] for key in keys], sources, non_blocking=True)
+        # A row may be of a tensor that the other subject changed as a whole: first all is the backbone's again.
+        self._copy({key: tensor_named(self.base, key) for key in back})
+        self._copy(tensors)
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the sources may be dropped once nobody draws with them
         self._worn, self._changed = name, set(tensors)
         return True
+
+    @torch.no_grad()
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        if tensors:
+            live = [tensor_named(self._live, key) for key in tensors]
+            torch._foreach_copy_(live, list(tensors.values()), non_blocking=True)
 
     def draw(self, order: Order, texts: Sequence[tuple[str, str | None]], seeds: Sequence[int], on_step: OnStep) -> Any:
         """Pixels (B, height, width, 3) in [0, 1] of a batch; texts and seeds are each image's own."""

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from dreambooth.storage import Location, digest
 from dreambooth.store import SubjectStore, Version
+from dreambooth.textual_inversion import LEARNED_EMBEDS, read_learned_embeds
 from serve import metrics
+from serve.skeleton import tensor_named
 
 _LOADS_AT_ONCE = 4
 _PATIENCE_SECONDS = 60.0
@@ -220,6 +222,8 @@ class HostTier:
         return self.bytes + room <= self._budget
 
     def _most_bytes(self, published: Version) -> int:
+        if published.components == [LEARNED_EMBEDS]:
+            return sum(entry["size"] for entry in published.manifest["files"].values())
         return sum(
             tensor.nbytes
             for name, tensor in self._base.items()
@@ -230,6 +234,11 @@ class HostTier:
         with self._disk.files(published) as folder:
             found: dict[str, Tensor] = {}
             for component in published.components:
+                if component == LEARNED_EMBEDS:
+                    for encoder, token_ids, rows in read_learned_embeds(folder / component):
+                        for token, row in zip(token_ids, rows, strict=True):
+                            self._take(found, f"{component}.{encoder}[{token}]", row, published)
+                    continue
                 files = [name for name in published.manifest["files"] if name.startswith(f"{component}/")]
                 weights = [name for name in files if name.endswith(".safetensors")]
                 if not weights:
@@ -241,7 +250,10 @@ class HostTier:
             return self._pack(found)
 
     def _take(self, found: dict[str, Tensor], name: str, tensor: Tensor, published: Version) -> None:
-        base = self._base.get(name)
+        try:
+            base = tensor_named(self._base, name)
+        except LookupError:
+            base = None
         if base is None or base.shape != tensor.shape:
             raise ValueError(f"{published.subject}@{published.id} does not fit its backbone: {name}")
         tensor = tensor.to(base.dtype)
@@ -259,7 +271,7 @@ class HostTier:
         block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
         tensors = {}
         for name, tensor in found.items():
-            base, start = self._base[name], starts[name]
+            base, start = tensor_named(self._base, name), starts[name]
             flat = block[start : start + tensor.nbytes].view(base.dtype)
             tensors[name] = flat.as_strided(base.shape, base.stride()).copy_(tensor)
         return Weights(tensors, size)

@@ -207,11 +207,17 @@ class Backbone(ABC):
         """The side in pixels that the backbone was trained for."""
         return int(self.denoiser_config["sample_size"]) * self.pixels_per_latent
 
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of an image must be multiples of, in pixels, for the denoiser to take its latents."""
+        return self.pixels_per_latent * 2 ** (len(self.denoiser_config["block_out_channels"]) - 1)
+
     def check_resolution(self, resolution: int) -> None:
         """Raise ValueError unless the denoiser can take latents of this image side."""
-        multiple = self.pixels_per_latent * 2 ** (len(self.denoiser_config["block_out_channels"]) - 1)
-        if resolution <= 0 or resolution % multiple:
-            raise ValueError(f"a resolution of {resolution} does not fit this backbone: use a multiple of {multiple}")
+        if resolution <= 0 or resolution % self.side_multiple:
+            raise ValueError(
+                f"a resolution of {resolution} does not fit this backbone: use a multiple of {self.side_multiple}"
+            )
 
     @torch.no_grad()
     def encode_images(self, encoders: Mapping[str, Any], pixels: Tensor) -> tuple[Tensor, Tensor]:

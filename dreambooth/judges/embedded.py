@@ -64,6 +64,11 @@ class EmbeddedClip(_ImageTower):
         self.text = text.to(self.device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
+    @classmethod
+    def ships(cls) -> bool:
+        """Whether its weights lie beside the package."""
+        return (WEIGHTS / cls.name).is_dir()
+
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Captions to unit vectors (N, D)."""

@@ -138,7 +138,8 @@ def test_each_half_is_weighted_by_its_own_times() -> None:
     target = torch.zeros(5, 2, 2, 2)
     prediction = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0]).view(-1, *ROW).expand_as(target)
     weight = torch.tensor([2.0, 1.0, 10.0, 20.0, 30.0])
-    loss = prior_preservation_loss(prediction, target, weight, instances=2, prior_weight=0.5)
+    halves = (each.split([2, 3]) for each in (prediction, target, weight))
+    loss = prior_preservation_loss(*halves, prior_weight=0.5)
     assert loss.instance.item() == pytest.approx((2 * 1 + 1 * 4) / 2)
     assert loss.prior is not None
     assert loss.prior.item() == pytest.approx((10 * 9 + 20 * 1 + 30 * 4) / 3, rel=1e-6)
@@ -147,7 +148,7 @@ def test_each_half_is_weighted_by_its_own_times() -> None:
 
 def test_without_class_prior_rows_the_loss_is_the_instance_term() -> None:
     prediction, target, weight = torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([1.0, 3.0])
-    loss = prior_preservation_loss(prediction, target, weight, instances=2, prior_weight=1.0)
+    loss = prior_preservation_loss([prediction], [target], [weight], prior_weight=1.0)
     assert loss.prior is None
     assert loss.total.item() == loss.instance.item() == 2.0
 
@@ -179,6 +180,7 @@ GOLDEN = {
 def test_both_terms_keep_their_values(prediction: Prediction, min_snr_gamma: float | None) -> None:
     x, epsilon, said = drawn()
     schedule, t = make_schedule(prediction), torch.tensor(TIMES)
-    loss = prior_preservation_loss(said, schedule.target(x, epsilon, t), schedule.weight(t, min_snr_gamma), 3, 1.0)
+    rows = (said, schedule.target(x, epsilon, t), schedule.weight(t, min_snr_gamma))
+    loss = prior_preservation_loss(*(each.split(3) for each in rows), prior_weight=1.0)
     assert loss.prior is not None
     assert (loss.instance.item(), loss.prior.item()) == pytest.approx(GOLDEN[prediction, min_snr_gamma], rel=1e-4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import Adafactor
 
 from dreambooth.backbones import Backbone, open_backbone
 from dreambooth.memory import MemoryPlan, enable_gradient_checkpointing, plan_memory
@@ -59,6 +60,19 @@ def kept_by_autograd(backbone: Backbone, networks: dict[str, nn.Module]) -> int:
         backbone.predict(networks["unet"], z_t, torch.arange(ROWS), conditioning)
     weights = {p.untyped_storage().data_ptr() for network in networks.values() for p in network.parameters()}
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+
+
+def test_textual_inversion_holds_frozen_networks_and_trains_a_few_rows(backbone: Backbone) -> None:
+    networks = {name: backbone.load(name) for name in all_trained(backbone, with_text=True)}
+    planned = plan(backbone, ())
+    assert planned.frozen == 4 * sum(p.numel() for network in networks.values() for p in network.parameters())
+    widths = [networks[name].get_input_embeddings().embedding_dim for name in backbone.text_encoders]
+    assert planned.parameters == 3 * sum(widths)
+    for network in networks.values():
+        network.requires_grad_(False)
+    for name in backbone.text_encoders:
+        networks[name].get_input_embeddings().weight.requires_grad_(True)
+    assert planned.activations == pytest.approx(kept_by_autograd(backbone, networks), rel=0.02)
 
 
 @pytest.mark.parametrize("with_text", [False, True])
@@ -119,6 +133,30 @@ def test_zero_divides_states_then_gradients_then_weights(backbone: Backbone, pre
     assert memory.total == sum(parts) + memory.activations
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("zero_stage", "divisor"), [(1, 1), (2, 4), (3, 4)])
+def test_accumulated_gradients_are_float32(backbone: Backbone, precision: str, zero_stage: int, divisor: int) -> None:
+    memory = plan(backbone, precision=precision, zero_stage=zero_stage, workers=4, gradient_accumulation=2)
+    assert memory.gradients == memory.parameters * 4 // divisor
+
+
+def test_adafactors_state_is_what_it_really_keeps(backbone: Backbone) -> None:
+    unet = backbone.load("unet")
+    optimizer = Adafactor(unet.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)
+    for parameter in unet.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for name, value in state.items() if "exp_avg" in name]
+    assert plan(backbone, optimizer="adafactor").optimizer_states == sum(value.nbytes for value in kept)
+
+
+def test_8_bit_moments_are_a_quarter_of_whole_ones_and_a_scale_for_each_block(backbone: Backbone) -> None:
+    planned = plan(backbone, optimizer="adamw-8bit").optimizer_states
+    small = sum(p.numel() for p in backbone.load("unet").parameters() if p.numel() < 4096)
+    large = plan(backbone).parameters - small
+    assert planned == pytest.approx(8 * small + 2 * large * (1 + 4 / 256), rel=1e-3)
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_offloading_moves_to_the_host_and_loses_nothing(backbone: Backbone, zero_stage: int) -> None:
     here = plan(backbone, zero_stage=zero_stage, workers=2)
@@ -127,6 +165,16 @@ def test_offloading_moves_to_the_host_and_loses_nothing(backbone: Backbone, zero
     assert there.weights == (0 if zero_stage == 3 else here.weights)
     assert there.activations == here.activations
     assert there.total + there.offloaded == here.total
+
+
+@pytest.mark.parametrize(("precision", "each"), [("fp32", 4), ("bf16", 2)])
+def test_a_teacher_lies_whole_on_every_device(backbone: Backbone, precision: str, each: int) -> None:
+    options: dict[str, Any] = {"zero_stage": 3, "workers": 4, "offload": "cpu", "precision": precision}
+    trained = all_trained(backbone, True)
+    alone, taught = plan(backbone, trained, **options), plan(backbone, trained, teacher=True, **options)
+    held = sum(parameter.numel() * each for parameter in backbone.load("unet").parameters())
+    assert taught.total - alone.total == taught.frozen == held
+    assert taught.offloaded == alone.offloaded
 
 
 def test_planning_reads_no_weights(small_sdxl: Path, tmp_path: Path) -> None:

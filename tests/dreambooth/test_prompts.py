@@ -21,7 +21,7 @@ def dreambench_text() -> str:
 
 
 def test_labels_are_the_papers():
-    assert prompts.instance_prompt("sks", "dog") == "a sks dog"
+    assert prompts.instance_prompt("sks dog") == "a sks dog"
     assert prompts.class_prompt("stuffed animal") == "a stuffed animal"
     assert prompts.class_prompt("owl") == "a owl"
 
@@ -66,17 +66,17 @@ def test_every_template_holds_the_subject_once(noun):
     assert len(set(samples)) == 6
     for template in (*prompts.dreambench_prompts(noun), *applications, *samples):
         assert template.count(prompts.PLACEHOLDER) == 1
-        assert prompts.fill(template, "sks", noun).count(f"sks {noun}") == 1
+        assert prompts.fill(template, f"sks {noun}").count(f"sks {noun}") == 1
 
 
-def test_fill_without_an_identifier_speaks_of_the_class():
-    assert prompts.fill("a red {subject} and a {subject}", None, "dog") == "a red dog and a dog"
+def test_fill_puts_the_phrase_wherever_the_subject_stands():
+    assert prompts.fill("a red {subject} and a {subject}", "dog") == "a red dog and a dog"
 
 
 @given(st.text(st.characters(exclude_characters="{}")).filter(str.strip))
 def test_text_without_braces_is_a_plain_prompt(text):
-    assert prompts.fill(text, "sks", "dog") == text
-    assert prompts.fill(text + "{subject}", "sks", "dog") == text + "sks dog"
+    assert prompts.fill(text, "sks dog") == text
+    assert prompts.fill(text + "{subject}", "sks dog") == text + "sks dog"
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,4 @@ def test_text_without_braces_is_a_plain_prompt(text):
 )
 def test_unknown_braces_are_named(template, named):
     with pytest.raises(ValueError, match=re.escape(named)):
-        prompts.fill(template, "sks", "dog")
+        prompts.fill(template, "sks dog")

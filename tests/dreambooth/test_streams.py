@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth.streams import image_seed, integer, normal, shuffled, stream
+from dreambooth.streams import image_seed, integer, normal, shuffled, stream, turn
 from tests.conftest import ROOT
 
 KEYS = st.lists(st.integers() | st.text(), max_size=4).map(tuple)
@@ -89,6 +89,27 @@ def test_each_pass_visits_each_item_once(count: int, number: int, key: tuple[int
 def test_passes_have_orders_of_their_own() -> None:
     orders = {tuple(shuffled(number * 6 + offset, 6, "dog") for offset in range(6)) for number in range(20)}
     assert len(orders) > 15
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 40), KEYS)
+def test_each_pass_gives_each_group_its_share_of_turns(
+    shares: list[int], passes: int, key: tuple[int | str, ...]
+) -> None:
+    whole = sum(shares)
+    turns = [turn(passes * whole + offset, shares, *key) for offset in range(whole)]
+    for group, share in enumerate(shares):
+        # How many turns a group had before counts on from pass to pass, without a gap.
+        visits = [visit for chosen, visit in turns if chosen == group]
+        assert visits == list(range(passes * share, (passes + 1) * share))
+
+
+def test_a_group_alone_has_every_turn() -> None:
+    assert [turn(position, [4], "dog") for position in range(9)] == [(0, position) for position in range(9)]
+
+
+def test_turns_come_in_an_order_of_their_own_in_every_pass() -> None:
+    orders = {tuple(turn(number * 6 + offset, [2, 1, 3], "dog")[0] for offset in range(6)) for number in range(30)}
+    assert len(orders) > 10
 
 
 @given(st.text(), st.integers(0, 2**33), st.integers(1, 200))

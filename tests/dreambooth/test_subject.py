@@ -24,7 +24,6 @@ from dreambooth.subject import (
     normalize_class_noun,
     parse_classes,
     read_image,
-    square_crop,
 )
 
 DREAMBENCH = Path(os.environ.get("DREAMBENCH_DIR", Path(__file__).parents[2] / "../shared/dreambench"))
@@ -325,27 +324,6 @@ def test_class_nouns_have_one_form(noun):
         assert normalize_class_noun(normalize_class_noun(noun)) == normalize_class_noun(f" {noun} ")
 
 
-@given(st.integers(20, 300), st.integers(20, 300), st.integers(8, 96))
-@settings(max_examples=60, deadline=None)
-def test_square_crop_is_scale_then_centre_crop(width, height, resolution):
-    image = gradient(width, height)
-    square, original, (top, left) = square_crop(image, resolution)
-    assert square.size == (resolution, resolution)
-    assert original == (height, width)
-    scale = resolution / min(width, height)
-    scaled = image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
-    assert (top, left) == ((scaled.height - resolution) // 2, (scaled.width - resolution) // 2)
-    assert min(top, left) == 0
-    whole = scaled.crop((left, top, left + resolution, top + resolution))
-    np.testing.assert_allclose(np.asarray(square, int), np.asarray(whole, int), atol=1)
-
-
-def test_square_crop_of_a_long_panorama_takes_no_more_than_the_square():
-    square, original, (top, left) = square_crop(Image.new("RGB", (1_000_000, 64), "red"), 1024)
-    assert (original, top, left) == ((64, 1_000_000), 0, (16_000_000 - 1024) // 2)
-    assert square.getcolors() == [(1024 * 1024, (255, 0, 0))]
-
-
 def write_manifest(folder: Path, text: str) -> Path:
     (folder / "subjects.yaml").write_text(text)
     return folder / "subjects.yaml"
@@ -444,5 +422,3 @@ def test_dreambench_is_a_manifest_and_its_photos_are_subjects():
 def test_photos_of_original_size_are_read():
     subject = load_subject("colorful_sneaker", DREAMBENCH / "originals/colorful_sneaker", "sneaker")
     assert all(isinstance(image, InstanceImage) and image.width > 512 for image in subject.images)
-    square, original, corner = square_crop(subject.images[0].pixels(), 512)
-    assert (square.size, original, corner) == ((512, 512), (2048, 2048), (0, 0))

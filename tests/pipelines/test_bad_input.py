@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from PIL import Image
 
 from pipelines.personalize import main
@@ -76,6 +77,18 @@ def _rename_pipeline(backbone: Path) -> None:
     index.write_text(index.read_text().replace("StableDiffusionXLPipeline", "FluxPipeline"))
 
 
+def _captions(caption: str | None, *says: str, more: tuple[str, ...] = ()) -> Bad:
+    """Good captions for all photos but one."""
+
+    def make(folder: Path, _: Path) -> tuple[list[str], list[str]]:
+        for number, text in enumerate(["a {subject} here", caption, "a {subject} there"]):
+            if text is not None:
+                (folder / f"{number}.txt").write_text(text)
+        return ["--images", str(folder), "--class-noun", "mug", "--captions", *more], list(says)
+
+    return make
+
+
 BAD_INPUT: dict[str, Bad] = {
     "no such folder": _images("{folder}/nowhere", "nowhere"),
     "no images in the folder": _images("{folder}/../empty", "empty"),
@@ -100,6 +113,9 @@ BAD_INPUT: dict[str, Bad] = {
     "no steps": _option("--steps", "0", says=("--steps",)),
     "a negative prior weight": _option("--prior-weight", "-1", says=("--prior-weight",)),
     "an average that never moves": _option("--ema-decay", "1", says=("--ema-decay", "below 1")),
+    "textual inversion of text encoders": _option(
+        *("--method", "textual-inversion", "--train-text-encoder"), says=("textual-inversion", "--train-text-encoder")
+    ),
     "a warm-up without end": _option("--steps", "5", "--warmup-steps", "5", says=("--warmup-steps 5", "5 steps")),
     "a rate for text encoders that are frozen": _option(
         "--text-encoder-learning-rate", "1e-6", says=("--train-text-encoder",)
@@ -108,13 +124,84 @@ BAD_INPUT: dict[str, Bad] = {
     "a prompt with an unknown placeholder": _option("--sample-prompts", "a {dog}", says=("{dog}",)),
     "a prompt that is too long": _option("--sample-prompts", "{subject} " * 60, says=("tokens",)),
     "bf16 without masters": _option("--precision", "bf16", "--zero-stage", "0", says=("--zero-stage",)),
+    "fp16 without masters": _option(
+        *("--precision", "fp16", "--zero-stage", "0", "--gpus-per-worker", "1"),
+        says=("--precision fp16", "--zero-stage"),
+    ),
+    "fp16 on CPUs": _option("--precision", "fp16", "--gpus-per-worker", "0", says=("--precision fp16", "GPU", "bf16")),
+    "Adafactor over shards": _option(
+        *("--optimizer", "adafactor", "--zero-stage", "2"), says=("--optimizer adafactor", "--zero-stage 0")
+    ),
+    "Adafactor in bf16": _option(
+        *("--optimizer", "adafactor", "--zero-stage", "0", "--precision", "bf16"),
+        says=("--optimizer adafactor", "--precision fp32"),
+    ),
+    "8-bit AdamW on CPUs": _option(
+        *("--optimizer", "adamw-8bit", "--zero-stage", "0", "--gpus-per-worker", "0"),
+        says=("--optimizer adamw-8bit", "GPU", "adafactor"),
+    ),
+    "offloading what is not sharded": _option(
+        "--offload", "cpu", "--zero-stage", "0", says=("--offload cpu", "--zero-stage 1, 2 or 3")
+    ),
+    "a disk for what is not sharded": _option(
+        *("--offload", "nvme", "--nvme-path", ".", "--zero-stage", "2"), says=("--offload nvme", "--zero-stage 3")
+    ),
+    "a disk without a folder": _option(
+        "--offload", "nvme", "--zero-stage", "3", says=("--offload nvme", "--nvme-path")
+    ),
+    "a folder without a disk": _option("--nvme-path", ".", says=("--offload nvme", "--nvme-path")),
+    "a folder on a disk that is not there": _option(
+        *("--offload", "nvme", "--nvme-path", "/nowhere/disk", "--zero-stage", "3"), says=("--nvme-path /nowhere/disk",)
+    ),
+    "an average of what is on a disk": _option(
+        *("--offload", "nvme", "--nvme-path", ".", "--zero-stage", "3", "--ema-decay", "0.9"),
+        says=("--offload nvme", "--ema-decay"),
+    ),
     "images beside a manifest": _option("--manifest", "m.yaml", says=("--manifest", "--images")),
     "a manifest that is not there": lambda *_: (["--manifest", "nowhere.yaml"], ["nowhere.yaml"]),
+    "a photo without its caption": _captions(None, "1.png", "no caption", "1.txt"),
+    "a caption that does not name the subject": _captions("a mug on a table", "1.txt", "{subject}"),
+    "a caption with an unknown placeholder": _captions("a {subject} on a {thing}", "1.png", "{thing}"),
+    "a caption that is too long": _captions("a {subject} on a table " * 20, "1.png", "tokens"),
+    "buckets at a side that has none": _option("--buckets", "--resolution", "8", says=("--buckets", "multiples of 8")),
+    "square enlargements of what is not square": _option(
+        "--buckets", "--super-resolution", "x", says=("--buckets", "--super-resolution")
+    ),
+    "a teacher without a term": _option(
+        "--prior-kind", "teacher", "--prior-weight", "0", says=("--prior-kind teacher", "--prior-weight 0")
+    ),
+    "a teacher of a super-resolution stage": _option(
+        "--prior-kind", "teacher", "--super-resolution", "x", says=("--prior-kind teacher", "--super-resolution")
+    ),
+    "a teacher of Textual Inversion": _option(
+        "--prior-kind", "teacher", "--method", "textual-inversion", says=("--prior-kind teacher", "textual-inversion")
+    ),
     "an unwritable store": lambda folder, _: (
         ["--images", str(folder), "--class-noun", "mug", "--store", str(folder / "0.png" / "store")],
         ["store", "0.png", "cannot be written"],
     ),
 }
+
+
+def test_a_disk_that_deepspeed_cannot_write_to_is_told_before_ray_starts(
+    folder: Path, small_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    arguments = ["--images", str(folder), "--class-noun", "mug", "--backbone", str(small_sdxl), "--zero-stage", "3"]
+    arguments += ["--offload", "nvme", "--nvme-path", str(tmp_path), "--store", str(tmp_path / "store")]
+    assert main(arguments) == 2
+    assert "libaio-dev" in capsys.readouterr().err
+    assert not ray.is_initialized()
+
+
+def test_fp16_does_not_train_t5(
+    folder: Path, small_if: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--images", str(folder), "--class-noun", "mug", "--backbone", str(small_if), "--precision", "fp16"]
+    arguments += ["--gpus-per-worker", "1", "--store", str(tmp_path / "store"), "--dry-run"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--train-text-encoder"]) == 2
+    assert "--precision fp16 overflows in T5" in capsys.readouterr().err
 
 
 @pytest.fixture

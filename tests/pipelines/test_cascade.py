@@ -20,14 +20,15 @@ from dreambooth.backbones import Backbone, LowResolution
 from dreambooth.sampling import to_pixels
 from dreambooth.store import SubjectStore
 from dreambooth.streams import integer, normal, shuffled
-from dreambooth.subject import read_image, square_crop
+from dreambooth.subject import read_image
+from dreambooth.views import centre_view
 from pipelines.batches import Batches
-from pipelines.finetune import Trainable, step_loss
 from pipelines.options import parse
 from pipelines.personalize import main
 from pipelines.plan import make_plan
 from pipelines.priors import ClassPriorSampler
 from pipelines.run import PlannedSubject, Run
+from pipelines.steps import Trainable, step_loss
 from pipelines.training_set import TrainingSetEncoder, location_of
 from tests.pipelines.test_personalize import changed, personalize, published_sample
 
@@ -135,7 +136,9 @@ def alpha_sigma(t: int) -> tuple[float, float]:
 def images_of(store: SubjectStore, planned: PlannedSubject, half: str) -> list[Tensor]:
     run = planned.run
     if half == "instance":
-        squares = [square_crop(image.pixels(), run.training.resolution)[0] for image in planned.subject.images]
+        frame = (run.training.resolution, run.training.resolution)
+        photos = [image.pixels() for image in planned.subject.images]
+        squares = [centre_view((photo.height, photo.width), frame).show(photo) for photo in photos]
     else:
         assert run.prior is not None
         rows = run.prior.rows(store.root, run.training.prior_images, ["png", "id"])

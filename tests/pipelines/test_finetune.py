@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from dreambooth.store import SubjectStore
-from pipelines.batches import Batches
-from pipelines.checkpoints import read_checkpoint
+from pipelines.batches import Batches, joined
+from pipelines.checkpoints import final_checkpoint
 from pipelines.console import Display
-from pipelines.finetune import Trainable, finetune
+from pipelines.finetune import finetune
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
 from pipelines.run import Run
+from pipelines.steps import Trainable, groups
 from pipelines.training_set import encode_training_sets, location_of
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -54,10 +56,10 @@ def train(prepared: tuple[SubjectStore, Run]) -> Callable[..., State]:
         run = replace(base, training=replace(base.training, **(training or {})), lane=replace(base.lane, **lane))
         if run.key not in trained:
             location_of(store, run).write_bytes(location_of(store, base).read_bytes())
-            checkpoint = finetune(store, run, checkpoint_every=3, display=Display())
-            assert checkpoint.local is not None
-            step, trained[run.key] = read_checkpoint(checkpoint.local)
-            assert step == run.training.steps
+            assert finetune(store, [run], checkpoint_every=3, display=Display()) == {}
+            checkpoint = final_checkpoint(store, run)
+            assert checkpoint is not None
+            trained[run.key] = checkpoint.read()
         return trained[run.key]
 
     return train
@@ -80,12 +82,14 @@ def test_every_parameter_moves(train: Callable[..., State], prepared: tuple[Subj
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_zero_stages_publish_the_same_weights(train: Callable[..., State], zero_stage: int) -> None:
     # Adam's first steps have size lr whatever the gradient, so rounding in near-zero gradients shows up to this size.
     assert largest_difference(train(zero_stage=zero_stage), train(zero_stage=2)) < 2e-4
 
 
+@pytest.mark.slow
 def test_one_worker_and_two_with_the_same_global_batch_publish_the_same_weights(train: Callable[..., State]) -> None:
     assert largest_difference(train(zero_stage=2, workers=1), train(zero_stage=2)) < 2e-4
 
@@ -115,9 +119,8 @@ def test_offloading_to_the_host_publishes_the_same_weights(train: Callable[..., 
     assert largest_difference(train(zero_stage=zero_stage, offload="cpu"), train(zero_stage=2)) < 2e-4
 
 
-@pytest.mark.parametrize(
-    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_the_moving_average_of_the_weights_is_published(
     train: Callable[..., State], prepared: tuple[SubjectStore, Run], zero_stage: int
 ) -> None:
@@ -129,12 +132,48 @@ def test_the_moving_average_of_the_weights_is_published(
     assert largest_difference(average, after) > 1e-4
 
 
+def test_a_lane_trains_runs_one_after_another_as_if_each_were_alone(
+    train: Callable[..., State], prepared: tuple[SubjectStore, Run]
+) -> None:
+    store, base = prepared
+    expected = [train(zero_stage=2), train({"learning_rate": 2e-3})]
+    others = [{}, {"learning_rate": 1e30}, {"learning_rate": 2e-3}]
+    # Other samples of the finished model make them runs of their own; what is trained is the same.
+    runs = [replace(base, training=replace(base.training, **other), sample_prompts=("in a lane",)) for other in others]
+    for run in runs:
+        location_of(store, run).write_bytes(location_of(store, base).read_bytes())
+    untrained = finetune(store, runs, checkpoint_every=3, display=Display(), lanes=1)
+    assert untrained.keys() == {runs[1].key}
+    assert "is not finite at step" in untrained[runs[1].key]
+    for run, alone in zip([runs[0], runs[2]], expected, strict=True):
+        checkpoint = final_checkpoint(store, run)
+        assert checkpoint is not None
+        trained = checkpoint.read()
+        assert [name for name in alone if not torch.equal(trained[name], alone[name])] == []
+
+
+@pytest.mark.slow
+def test_previews_are_drawn_beside_the_training(prepared: tuple[SubjectStore, Run]) -> None:
+    store, base = prepared
+    run = replace(base, training=replace(base.training, steps=400), lane=replace(base.lane, workers=1))
+    location_of(store, run).write_bytes(location_of(store, base).read_bytes())
+    finetune(store, [run], checkpoint_every=50, display=Display(), previews=True)
+    folder = (store.root / "runs" / run.key / "previews").local
+    assert folder is not None
+    drawn = sorted(folder.glob("*.png"))
+    assert drawn
+    assert all(int(path.stem) % 50 == 0 for path in drawn)
+    assert len({path.read_bytes() for path in drawn}) == len(drawn)
+    events = EventAccumulator(str(folder.parent / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in events.Images("samples")] == [int(path.stem) for path in drawn]
+
+
 def test_text_encoders_have_a_learning_rate_of_their_own(prepared: tuple[SubjectStore, Run]) -> None:
     store, run = prepared
     backbone = store.open_backbone(run.backbone)
     training = replace(run.training, trained=("unet", "text_encoder"), text_encoder_learning_rate=1e-7)
     module = Trainable(backbone, {name: backbone.load(name) for name in training.trained})
-    unet, text = module.groups(training)
+    unet, text = groups(module, training, backbone)
     assert (unet["initial_lr"], text["initial_lr"]) == (run.training.learning_rate, 1e-7)
     assert {id(p) for p in text["params"]} == {id(p) for p in module.networks["text_encoder"].parameters()}
     assert len(unet["params"]) + len(text["params"]) == len(list(module.parameters()))
@@ -146,7 +185,7 @@ def test_offset_noise_moves_each_channel_by_one_number(prepared: tuple[SubjectSt
     assert path is not None
     backbone = store.open_backbone(run.backbone)
     offset = replace(run, training=replace(run.training, offset_noise=0.1))
-    plain, moved = (Batches(one, backbone, path).rows(5, range(3))["epsilon"] for one in (run, offset))
+    plain, moved = (joined(Batches(one, backbone, path).rows(5, range(3))).epsilon for one in (run, offset))
     difference = moved - plain
     per_channel = difference.mean((2, 3))
     assert (difference - per_channel[:, :, None, None]).abs().max() < 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,63 @@ def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
     assert done.stderr == ""
     assert "INFO" not in done.stdout
     assert "WARNING" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_textual_inversion_publishes_a_few_kilobytes_that_diffusers_reads(
+    photos: Path, small_sdxl: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    arguments = ["--method", "textual-inversion", "--images", photos, "--class-noun", "mug", "--backbone", small_sdxl]
+    done = personalize(*arguments, "--store", tmp_path, "--zero-stage", str(zero_stage))
+    assert done.returncode == 0, done.stdout + done.stderr
+    [version] = SubjectStore(tmp_path).versions("mug")
+    assert version.components == ["learned_embeds"]
+    assert version.location.local is not None
+    folder = version.location.local / "learned_embeds"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4096
+    identifier, sample = version.manifest["identifier"], version.manifest["samples"][1]
+    assert version.manifest["instance_prompt"] == f"a {identifier}"
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(small_sdxl)
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        parts = {"text_encoder": getattr(pipeline, encoder), "tokenizer": getattr(pipeline, tokenizer)}
+        pipeline.load_textual_inversion(str(folder), weight_name=f"{encoder}.safetensors", token="<mug>", **parts)
+    drawn = pipeline(
+        prompt=sample["prompt"].replace(identifier, "<mug>"),
+        num_inference_steps=version.manifest["run"]["samples"]["steps"],
+        guidance_scale=version.manifest["run"]["samples"]["guidance"],
+        generator=torch.Generator().manual_seed(sample["seed"]),
+        output_type="np",
+    )
+    assert np.abs(drawn.images[0] - published_sample(version, 1) / 255).max() < 0.01
+    assert not list(tmp_path.glob("priors/*"))
+
+
+@pytest.mark.slow
+def test_captions_views_buckets_and_a_teacher_go_into_a_version_together(
+    photos: Path, small_sdxl: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(photos, tmp_path / "mug"))
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"a {{subject}} on table {number}")
+    done = personalize(
+        *("--images", folder, "--class-noun", "mug", "--backbone", small_sdxl, "--store", tmp_path / "store"),
+        *("--captions", "--flip", "--random-crop", "--buckets", "--prior-kind", "teacher", "--learning-rate", "1e-4"),
+        *("--train-text-encoder", "--zero-stage", "3", "--sample-prompts", "{subject} in the snow"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [version] = SubjectStore(tmp_path / "store").versions("mug")
+    run = version.manifest["run"]
+    assert run["captions"] == [f"a {run['identifier']} mug on table {number}" for number in range(3)]
+    assert version.components == ["text_encoder", "text_encoder_2", "unet"]
+    assert all(changed(small_sdxl, version, "unet"))
+    [events] = (tmp_path / "store").glob("runs/*/tensorboard/events.*")
+    seen = EventAccumulator(str(events.parent)).Reload()
+    # Until the first update the network is its own teacher.
+    first, *later = (point.value for point in seen.Scalars("loss/prior"))
+    assert first < 1e-10
+    assert all(value > 1e-9 for value in later)
+    assert np.array_equal(draw_with_plain_diffusers(small_sdxl, version, 0), published_sample(version, 0))
 
 
 @pytest.fixture

@@ -88,3 +88,20 @@ def test_a_backbone_without_a_batch_of_its_own_takes_its_familys_preset(
     assert (sdxl.run.training.learning_rate, sdxl.run.training.trained) == (1e-6, ("unet",))
     assert (sd.run.training.learning_rate, sd.run.training.trained) == (2e-6, ("unet", "text_encoder"))
     assert replace(sd.run, seed=1).key != sd.run.key
+
+
+def test_a_machine_preset_gives_defaults_and_options_win(photos: Path, small_sdxl: Path, tmp_path: Path) -> None:
+    plan = plan_of(photos, small_sdxl, tmp_path, "--preset", "1x24GB")
+    [planned] = plan.subjects
+    lane, training = planned.run.lane, planned.run.training
+    assert (lane.workers, lane.gpus_per_worker, lane.zero_stage, lane.offload) == (1, 1.0, 2, "cpu")
+    assert (training.precision, training.gradient_checkpointing, training.steps) == ("bf16", True, 800)
+    assert training.resolution == 32  # the backbone's own
+    assert plan.device_bytes == 24 * 10**9
+
+    chosen = ("--zero-stage", "3", "--offload", "none", "--precision", "fp16", "--steps", "7", "--batch", "16")
+    [other] = plan_of(photos, small_sdxl, tmp_path, "--preset", "8x80GB", *chosen, "--learning-rate", "1e-3").subjects
+    lane, training = other.run.lane, other.run.training
+    assert (lane.workers, lane.zero_stage, lane.offload) == (8, 3, "none")
+    assert (training.precision, training.steps, training.batch, training.learning_rate) == ("fp16", 7, 16, 1e-3)
+    assert not training.gradient_checkpointing

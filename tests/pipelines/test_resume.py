@@ -51,7 +51,8 @@ def undisturbed(photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPat
 
 
 PRIORS, ENCODE = ("priors/*/*.parquet", 2), ("runs/*/training_set.safetensors", 1)
-FINETUNE, SAMPLE = ("runs/*/finetune/checkpoint_*/checkpoint.json", 1), ("runs/*/trained.json", 1)
+FINETUNE = ("runs/*/checkpoints/*/checkpoint.json", 1)
+SAMPLE = ("runs/*/checkpoints/00000060/checkpoint.json", 1)
 
 
 @pytest.mark.parametrize(

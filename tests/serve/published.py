@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dreambooth.backbones import Backbone, open_backbone
 from dreambooth.sampling import SamplerSettings
 from dreambooth.store import SubjectStore, Version
+from dreambooth.textual_inversion import LEARNED_EMBEDS, LearnedEmbeds
 
 SAMPLES = SamplerSettings(resolution=32, steps=3, guidance=4.0, batch=1, threads=1, precision="fp32")
 
@@ -29,14 +31,33 @@ def publish_all(store: SubjectStore, backbone_folder: Path) -> list[Version]:
 
 def publish(store: SubjectStore, backbone: Backbone, subject: str, version: str, component: str) -> Version:
     """Publish a version of the backbone with noise of its own (by `version`) on every parameter of one network."""
-    torch.manual_seed(int(version))
     network: Any = backbone.load(component)
+    _add_noise(network, version)
+    return _publish(store, backbone, subject, version, component, network)
+
+
+def publish_learned_embeds(store: SubjectStore, backbone: Backbone, subject: str, version: str) -> Version:
+    """Publish a version by Textual Inversion: embeddings of the identifier with noise of their own."""
+    encoders = {name: backbone.load(name) for name in backbone.text_encoders}
+    embeds = LearnedEmbeds.of_noun(backbone, encoders, "sks", subject)
+    _add_noise(embeds, version)
+    return _publish(store, backbone, subject, version, LEARNED_EMBEDS, embeds)
+
+
+def _add_noise(network: nn.Module, version: str) -> None:
+    torch.manual_seed(int(version))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def _publish(
+    store: SubjectStore, backbone: Backbone, subject: str, version: str, component: str, network: Any
+) -> Version:
     lineage = {
         "class_noun": subject,
         "identifier": "sks",
+        "phrase": "sks" if component == LEARNED_EMBEDS else f"sks {subject}",
         "backbone": {"family": backbone.family, "hash": backbone.hash},
         "run": {"samples": asdict(SAMPLES)},
     }

@@ -132,14 +132,14 @@ def test_a_version_that_cannot_be_served_is_refused_with_the_reason(
 ) -> None:
     store = SubjectStore(tmp_path)
     [old, *_] = publish_all(store, small_sdxl)
-    manifest = {**old.manifest, "subject": "cup", "components": ["learned_embeds"]}
+    manifest = {**old.manifest, "subject": "cup", "components": ["lora"]}
     (store.version_location("cup", old.id) / "manifest.json").write_json(manifest)
     client = TestClient(create_api(Catalog(store), no_draw, rules), client=("127.0.0.1", 1))
     for model in ("cup", f"cup@{old.id}"):
         answer = client.post(GENERATIONS, json={"model": model, "prompt": "a {subject}"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_not_served")
-        assert "learned_embeds" in answer.json()["error"]["message"]
-    assert "learned_embeds" in client.get("/v1/models/cup").json()["unserved"]
+        assert "lora" in answer.json()["error"]["message"]
+    assert "lora" in client.get("/v1/models/cup").json()["unserved"]
 
 
 def test_a_store_that_cannot_be_read_is_a_503(catalog: Catalog, rules: Rules, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ async def test_the_newest_version_is_the_subjects(store: SubjectStore, versions:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"components": ["learned_embeds"]}, "learned_embeds"),
+        ({"components": ["lora"]}, "lora"),
         ({"components": ["text_encoder", "adapter", "unet"]}, "holds adapter"),
         ({"format": 2}, "format"),
         ({"backbone": {"family": "deepfloyd-if", "hash": "0"}}, "deepfloyd-if"),

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dreambooth.backbones import open_backbone
 from dreambooth.store import SubjectStore, Version
+from dreambooth.textual_inversion import LEARNED_EMBEDS, read_learned_embeds
 from serve.order import Order
 from serve.skeleton import Skeleton
 from serve.tiers import DiskTier, HostTier
+from tests.serve.published import publish_learned_embeds
 
 ORDER = Order("mug", "1", "a mug", None, 32, 32, steps=4, guidance=4.0, seeds=(1, 2))
 
@@ -27,9 +30,20 @@ def skeleton(small_sdxl: Path) -> Skeleton:
     return Skeleton(open_backbone(small_sdxl), torch.float32, torch.device("cpu"))
 
 
+def with_learned_embeds(base: dict[str, Tensor], version: Version) -> dict[str, Tensor]:
+    """The backbone's tensors with the rows that the version holds."""
+    assert version.location.local is not None
+    changed = dict(base)
+    for encoder, token_ids, rows in read_learned_embeds(version.location.local / LEARNED_EMBEDS):
+        [name] = [name for name in base if name.startswith(f"{encoder}.") and "token_embedding" in name]
+        changed[name] = base[name].clone()
+        changed[name][token_ids] = rows
+    return changed
+
+
 @pytest.mark.anyio
 async def test_the_skeleton_holds_one_subject_and_is_never_rebuilt(
-    skeleton: Skeleton, store: SubjectStore, versions: list[Version], tmp_path: Path
+    skeleton: Skeleton, store: SubjectStore, versions: list[Version], small_sdxl: Path, tmp_path: Path
 ) -> None:
     host = HostTier(DiskTier(store, tmp_path, 0), skeleton.base, 2**30)
     live = {
@@ -38,19 +52,21 @@ async def test_the_skeleton_holds_one_subject_and_is_never_rebuilt(
         for name, tensor in getattr(skeleton.pipeline, component).state_dict().items()
     }
     base = {name: tensor.clone() for name, tensor in live.items()}
-    for version in [*versions, *reversed(versions)]:
+    learned = publish_learned_embeds(store, open_backbone(small_sdxl), "cup", "4" * 12)
+    for version in [*versions, learned, *reversed(versions), learned]:
         async with host.lease(version.subject, version.id) as tensors:
             skeleton.wear(version.id, tensors)
-            expected = base | dict(tensors)
+            expected = base | dict(tensors) if version is not learned else with_learned_embeds(base, version)
         assert [name for name in live if not torch.equal(live[name], expected[name])] == []
 
 
 def test_a_subject_that_does_not_fit_changes_nothing(skeleton: Skeleton) -> None:
     bias = skeleton.pipeline.unet.conv_in.bias
     before = bias.clone()
-    for tensors in ({"unet.conv_in.bias": torch.zeros(1)}, {"unet.unknown": torch.zeros(1)}):
-        with pytest.raises(AssertionError, match="broken@1"):
-            skeleton.wear("broken@1", tensors)
+    with pytest.raises(AssertionError, match="broken@1"):
+        skeleton.wear("broken@1", {"unet.conv_in.bias": torch.zeros(1)})
+    with pytest.raises(LookupError, match=r"unet\.unknown"):
+        skeleton.wear("broken@1", {"unet.unknown": torch.zeros(1)})
     assert torch.equal(bias, before)
 
 

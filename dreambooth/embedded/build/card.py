@@ -40,9 +40,9 @@ GPU.
 
 Scenes are composed by `dreambooth.embedded.scenes`: {len(NOUNS)} class nouns, {len(CONTEXTS)} contexts,
 {len(COLOURS)} colours, {len(PROPERTIES)} further properties and {len(ACCESSORIES)} accessories, in the words of
-DreamBench's prompts. {config.pool.backbone} scenes for the backbone and {config.pool.judges} others for the judges. A
-tenth of the combinations of a noun with a context or a colour, and the drawings of {len(HELD_OUT)} held-out subjects,
-appear in neither. The drawings come from
+DreamBench's prompts. {config.pool.backbone} scenes for the backbone, {config.pool.clip} and {config.pool.dino} others
+for the judges. A tenth of the combinations of a noun with a context or a colour, and the drawings of {len(HELD_OUT)}
+held-out subjects, appear in neither. The drawings come from
 
 {sets}
 

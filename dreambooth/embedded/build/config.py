@@ -16,7 +16,8 @@ class PoolConfig:
     size: int = 64
     backbone: int = 160_000
     held_out: int = 2_000
-    judges: int = 80_000
+    clip: int = 160_000
+    dino: int = 80_000
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,18 @@ PRESETS = {
     "full": _FULL,
     "cpu": replace(
         _FULL,
-        pool=replace(_FULL.pool, backbone=48_000, judges=24_000),
+        pool=replace(_FULL.pool, backbone=48_000, clip=48_000, dino=24_000),
         vae=replace(_FULL.vae, recipe=Recipe(steps=2_400, batch=16, lr=1e-3, warmup=100, ema=0.998)),
         text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_500, batch=128)),
         unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=3_000, batch=128),
+            clip=replace(_FULL.judges.clip, steps=2_500, batch=128),
             dino=replace(_FULL.judges.dino, steps=3_000, batch=64),
         ),
     ),
     "tiny": BuildConfig(
-        PoolConfig(size=32, backbone=48, held_out=16, judges=32),
+        PoolConfig(size=32, backbone=48, held_out=16, clip=32, dino=32),
         TokenizerConfig(tokens=600, english_words=300),
         VaeConfig(channels=(8, 16, 16), latent_channels=4, recipe=_few(6)),
         TextConfig(widths=(32, 32), layers=(2, 2), projection=32, tower=(8, 16, 16, 16), recipe=_few(4, 8)),

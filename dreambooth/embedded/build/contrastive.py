@@ -102,12 +102,14 @@ def train_contrast(
 
 
 def augment(pixels: Tensor, step: int) -> Tensor:
-    """Shift the pictures by a few pixels and blur some, so that towers also read soft samples."""
+    """Mirror, turn, scale and shift each picture a little, and blur some, so that towers also read soft samples."""
     generator = torch.Generator().manual_seed(step)
-    dx, dy = (int(torch.randint(-4, 5, (), generator=generator)) for _ in range(2))
-    out = F.pad(pixels, (4, 4, 4, 4), mode="replicate")[
-        ..., 4 + dy : 4 + dy + pixels.shape[-2], 4 + dx : 4 + dx + pixels.shape[-1]
-    ]
+    draws = torch.rand(5, len(pixels), generator=generator) * 2 - 1
+    angle, scale, mirror = 0.15 * draws[0], 1 + 0.12 * draws[1], torch.where(draws[2] < 0, -1.0, 1.0)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    moves = torch.stack([mirror * cos, -sin, 0.12 * draws[3], mirror * sin, cos, 0.12 * draws[4]], dim=1)
+    grid = F.affine_grid(moves.view(-1, 2, 3).to(pixels), list(pixels.shape), align_corners=False)
+    out = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
     blurred = torch.rand(len(out), generator=generator) < 0.3
     if blurred.any():
         out = out.clone()

@@ -32,7 +32,7 @@ def new_clip(tokenizer: CLIPTokenizer, config: JudgeConfig) -> Contrast:
 
 
 def train_clip(tokenizer: CLIPTokenizer, pool: Pool, config: JudgeConfig, folder: Path, clock: Clock) -> None:
-    """Train `embedded-clip` on the judges' pool."""
+    """Train `embedded-clip` on scenes of all kinds."""
     train_contrast(new_clip(tokenizer, config), pool, tokenizer, config.clip, folder, clock, CLIP_SEED)
 
 
@@ -61,9 +61,7 @@ def train_dino(pool: Pool, config: JudgeConfig, folder: Path, clock: Clock) -> N
 
     def loss_of(step: int) -> Tensor:
         rows = sibling_batch(by_noun, config.dino.batch, step)
-        pixels = to_pixels(pool.images[np.concatenate([2 * rows, 2 * rows + 1])], clock.device)
-        mirrored = torch.rand(len(pixels), generator=torch.Generator().manual_seed(step)) < 0.5
-        pixels = torch.where(mirrored.to(clock.device)[:, None, None, None], pixels.flip(-1), augment(pixels, step))
+        pixels = augment(to_pixels(pool.images[np.concatenate([2 * rows, 2 * rows + 1])], clock.device), step)
         with autocast(clock.device):
             vectors = model(pixels)
         logits = vectors @ vectors.T / TEMPERATURE

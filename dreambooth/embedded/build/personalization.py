@@ -25,7 +25,7 @@ from dreambooth.identifier import find_identifier
 from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
 from dreambooth.prompts import class_prompt, fill, instance_prompt
 from dreambooth.sampling import SamplerSettings, sample, to_pixels
-from dreambooth.subject import square_crop
+from dreambooth.views import centre_view
 
 SEED = 7
 SCENES = ("jungle", "snow", "beach", "fabric", "city", "house", "water", "night")
@@ -98,7 +98,7 @@ def personalize(name: str, tools: Tools) -> tuple[Outcome, Image.Image]:
     pipeline.unet = _finetune(photos, prior, identifier, noun, tools)
 
     words = {context: f"a {{subject}} {CONTEXTS[context]}" for context in SCENES}
-    prompts = [fill(template, identifier, noun) for template in words.values()]
+    prompts = [fill(template, f"{identifier} {noun}") for template in words.values()]
     each = tools.config.images_a_prompt
     drawn = sample(pipeline, prompts * each, [*range(1000, 1000 + len(prompts) * each)], tools.settings)
 
@@ -118,7 +118,7 @@ def personalize(name: str, tools: Tools) -> tuple[Outcome, Image.Image]:
         Row(f"the class prior: {class_prompt(noun)}", prior[:8]),
         Row("in new scenes", drawn[: len(SCENES)], prompts),
     ]
-    return outcome, contact_sheet(f"{name}: {instance_prompt(identifier, noun)}", rows, columns=8)
+    return outcome, contact_sheet(f"{name}: {instance_prompt(f'{identifier} {noun}')}", rows, columns=8)
 
 
 def _finetune(
@@ -127,14 +127,14 @@ def _finetune(
     """Eq. 2 of the paper on half a batch of photos and half a batch of class-prior images, the text frozen."""
     backbone, device = tools.backbone, tools.device
     side = backbone.default_resolution
-    crops = [square_crop(photo, side) for photo in photos]
-    mine = _encode(tools, [crop for crop, _, _ in crops])
+    views = [centre_view((photo.height, photo.width), (side, side)) for photo in photos]
+    mine = _encode(tools, [view.show(photo) for view, photo in zip(views, photos, strict=True)])
     others = _encode(tools, prior)
-    conditions = [backbone.size_conditioning(size, corner, (side, side)) for _, size, corner in crops]
+    conditions = [backbone.size_conditioning(view.original, view.corner, view.frame) for view in views]
     conditions += [backbone.size_conditioning((side, side), (0, 0), (side, side))] * len(prior)
     time_ids = torch.stack([condition["time_ids"] for condition in conditions]).to(device)
     encoders = {encoder: getattr(tools.pipeline, encoder) for encoder in backbone.text_encoders}
-    ids = backbone.tokenize([instance_prompt(identifier, noun), class_prompt(noun)])
+    ids = backbone.tokenize([instance_prompt(f"{identifier} {noun}"), class_prompt(noun)])
     with torch.no_grad():
         text = backbone.encode_text(encoders, {key: value.to(device) for key, value in ids.items()})
 
@@ -155,8 +155,8 @@ def _finetune(
         t = torch.randint(schedule.steps, (2 * half,), generator=generator, device=device)
         conditioning = {key: value[which] for key, value in text.items()} | {"time_ids": time_ids[rows]}
         predicted = backbone.predict(unet, schedule.add_noise(latents, noise, t), t, conditioning)
-        target = schedule.target(latents, noise, t)
-        prior_preservation_loss(predicted, target, schedule.weight(t), half, prior_weight=1.0).total.backward()
+        halves = (each.split(half) for each in (predicted, schedule.target(latents, noise, t), schedule.weight(t)))
+        prior_preservation_loss(*halves, prior_weight=1.0).total.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ from dreambooth.embedded.build import (
 from dreambooth.embedded.build.config import BuildConfig
 from dreambooth.embedded.build.training import Clock, checkpoint_step, load_average
 
-BACKBONE_SEED, HELD_OUT_SEED, JUDGES_SEED = 1, 2, 3
+BACKBONE_SEED, HELD_OUT_SEED, DINO_SEED, CLIP_SEED = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,14 @@ class Build:
         return self._pool("held-out", pool.held_out_captions, HELD_OUT_SEED, self.config.pool.held_out)
 
     @cached_property
-    def judges_pool(self) -> pool.Pool:
-        """The scenes that the judges learn from, two of each individual."""
-        return self._pool("judges", pool.pairs, JUDGES_SEED, self.config.pool.judges)
+    def clip_pool(self) -> pool.Pool:
+        """The scenes that `embedded-clip` learns from."""
+        return self._pool("judge-clip", pool.for_pretraining, CLIP_SEED, self.config.pool.clip)
+
+    @cached_property
+    def dino_pool(self) -> pool.Pool:
+        """The scenes that `embedded-dino` learns from, two of each individual."""
+        return self._pool("judge-dino", pool.pairs, DINO_SEED, self.config.pool.dino)
 
     def _pool(self, name: str, sampler: pool.Sampler, seed: int, count: int) -> pool.Pool:
         folder = self.out / "pools" / name
@@ -108,7 +113,7 @@ def run_sprites(build: Build) -> None:
 
 def run_pools(build: Build) -> None:
     """Render the scenes."""
-    for made in (build.backbone_pool, build.held_out_pool, build.judges_pool):
+    for made in (build.backbone_pool, build.held_out_pool, build.clip_pool, build.dino_pool):
         print(f"{len(made.captions)} scenes, {len(set(made.captions))} captions", flush=True)
 
 
@@ -149,8 +154,8 @@ def run_unet(build: Build) -> None:
 def run_judges(build: Build) -> None:
     """Train both judges."""
     config = build.config.judges
-    judges.train_clip(build.tokenizer, build.judges_pool, config, build.out / "judge-clip", build.clock)
-    judges.train_dino(build.judges_pool, config, build.out / "judge-dino", build.clock)
+    judges.train_clip(build.tokenizer, build.clip_pool, config, build.out / "judge-clip", build.clock)
+    judges.train_dino(build.dino_pool, config, build.out / "judge-dino", build.clock)
 
 
 def run_package(build: Build) -> None:

@@ -131,4 +131,4 @@ def test_every_dreambench_prompt_is_the_caption_of_some_scene():
     scenes += [Scene(DOG, 0, colour=colour) for colour in COLOURS] + [Scene(DOG, 0, look=look) for look in PROPERTIES]
     captions = {caption(scene) for scene in scenes}
     for template in (*LIVE_PROMPTS, *OBJECT_PROMPTS):
-        assert fill(template, None, "dog") in captions
+        assert fill(template, "dog") in captions

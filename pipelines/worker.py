@@ -1,0 +1,184 @@
+"""A worker of a lane: it trains one run after another, and pays for its start-up once.
+
+The base weights stay in host memory; process group and compiled kernels stay. Every run has an engine of its own, built
+as in a new process, so that its weights do not depend on what the lane trained before.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dreambooth.backbones import Backbone
+from dreambooth.sampling import DTYPES
+from dreambooth.store import SubjectStore
+from dreambooth.teacher import Teacher
+from dreambooth.textual_inversion import TextualInversion
+from pipelines import training_set
+from pipelines.batches import Batches
+from pipelines.checkpoints import CheckpointWriter, State, last_checkpoint
+from pipelines.run import Run
+from pipelines.steps import groups, load_networks, measures_of, train_step, trainable
+
+if TYPE_CHECKING:
+    from pipelines.zero import Average
+
+_FLUSH_EVERY = 5
+
+
+Report = Callable[[int, int, list[dict[str, float]]], None]
+"""Called on every rank with a run's number, the first step of some that are done, and their measures."""
+
+
+def train_lane(config: dict[str, Any]) -> None:
+    """What one rank of a lane does: take runs from the queue and train them until there are none left."""
+    from pipelines.console import quiet_libraries
+
+    quiet_libraries()
+    runs: Sequence[Run] = config["runs"]
+    lane, queue, log = config["lane"], config["queue"], config["log"]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(runs[0].lane.cpus_per_worker)
+    rank = ray.train.get_context().get_world_rank()
+
+    def report(number: int, first: int, rows: list[dict[str, float]]) -> None:
+        if rank == 0:
+            log.add.remote(number, first, rows)
+        ray.train.report({"run": runs[number].key, "step": first + len(rows) - 1, **rows[-1]})
+
+    worker = Worker(SubjectStore(config["store"]), config["checkpoint_every"], report, config["nvme_path"])
+    while (number := worker.agree(lambda: ray.get(queue.take.remote(lane)))) is not None:
+        failure = None
+        try:
+            worker.train(number, runs[number])
+        except ArithmeticError as error:  # of the run alone, and seen by all ranks alike: the lane goes on
+            failure = str(error)
+        except Exception as error:
+            ray.get(queue.failing.remote(lane, f"{type(error).__name__}: {error}"))
+            raise
+        if rank == 0:
+            ray.get(queue.finish.remote(lane, failure))
+
+
+class Worker:
+    """One rank of a process group, with what it keeps from one run to the next."""
+
+    def __init__(
+        self, store: SubjectStore, checkpoint_every: int, report: Report, nvme_path: str | None = None
+    ) -> None:
+        """Join the group, which is there already."""
+        self._store, self._every, self._report, self._nvme_path = store, checkpoint_every, report, nvme_path
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._attempt = self.agree(lambda: uuid.uuid4().hex[:12])
+        self._kept: tuple[Backbone, dict[str, nn.Module]] | None = None
+
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """What rank 0 decides, on all ranks."""
+        decision = [decide() if self._rank == 0 else None]
+        dist.broadcast_object_list(decision)
+        return decision[0]
+
+    def _networks(self, run: Run) -> tuple[Backbone, dict[str, nn.Module]]:
+        """The run's backbone and its networks, loaded when the lane is new to them."""
+        if self._kept is None or self._kept[0].hash != run.backbone:
+            backbone = self._store.open_backbone(run.backbone)
+            self._kept = backbone, load_networks(run, backbone)
+        return self._kept
+
+    def train(self, number: int, run: Run) -> None:
+        """Train a run from its last checkpoint to its last step."""
+        found = self.agree(lambda: last_checkpoint(self._store, run))
+        step, state = (0, {}) if found is None else (found.step, found.read())
+        if step == run.training.steps:
+            return
+        backbone, _ = self._networks(run)
+        with tempfile.TemporaryDirectory(dir=self._nvme_path) as disk:
+            engine, average = self._start(run, step, state, disk)
+            state = {}
+            teacher = None
+            if run.training.prior_kind == "teacher":
+                teacher = Teacher(backbone, DTYPES[run.training.precision], engine.device)
+            try:
+                self._train(number, run, backbone, engine, average, teacher, step)
+            finally:
+                engine.destroy()
+                del engine, average, teacher
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _start(self, run: Run, step: int, state: State, disk: str) -> tuple[Any, Average | None]:
+        """An engine with the base weights, or with the state of a checkpoint; and its moving average."""
+        from pipelines.zero import Average, restore, restore_average, start_engine
+
+        backbone, networks = self._networks(run)
+        module = trainable(run, backbone, networks)
+        if state:
+            kept = {name: state[f"param.{name}"] for name, _ in module.named_parameters()}
+            module.load_state_dict(kept, strict=False)
+        engine = start_engine(module, groups(module, run.training, backbone), run.training, run.lane, disk)
+        if isinstance(module, TextualInversion):
+            module.place(engine.device, DTYPES[run.training.precision])
+        average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
+        if state:
+            restore(engine, state, step)
+            if average is not None:
+                restore_average(engine, average, state)
+        return engine, average
+
+    def _train(
+        self,
+        number: int,
+        run: Run,
+        backbone: Backbone,
+        engine: Any,
+        average: Average | None,
+        teacher: Teacher | None,
+        step: int,
+    ) -> None:
+        writer = CheckpointWriter(self._store, run, self._rank, self._world, self._attempt)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "training_set.safetensors"
+            path.write_bytes(training_set.location_of(self._store, run).read_bytes())
+            batches = Batches(run, backbone, path)
+            pending: list[Tensor] = []
+            flushed = time.monotonic()
+            while step < run.training.steps:
+                measures = train_step(engine, run, backbone, batches, step, teacher)
+                if measures is None:
+                    continue  # the same step again, so that every step updates the weights once
+                pending.append(measures)
+                step += 1
+                if average is not None:
+                    average.update(step)
+                final = step == run.training.steps
+                due = step % self._every == 0 or final
+                if due or len(pending) == _FLUSH_EVERY:
+                    rows = measures_of(pending, step, run, time.monotonic() - flushed)
+                    pending, flushed = [], time.monotonic()
+                    self._report(number, step - len(rows) + 1, rows)
+                if due:
+                    writer.write(_state(engine, average, final), step)
+        writer.wait()
+
+
+def _state(engine: Any, average: Average | None, final: bool) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds: everything, or at the end the weights to publish alone."""
+    from pipelines.zero import AVERAGE, PARAMETER, full_state
+
+    if average is None or not final:
+        yield from full_state(engine, with_moments=not final)
+    if average is not None:
+        with average.in_place_of_masters():
+            yield from full_state(engine, with_moments=False, prefix=PARAMETER if final else AVERAGE)

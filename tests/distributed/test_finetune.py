@@ -1,0 +1,98 @@
+"""SIGKILL to training workers at any moment: the lane goes on, and the weights are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from dreambooth.store import SubjectStore
+from pipelines.checkpoints import checkpoints, final_checkpoint
+from pipelines.console import Display
+from pipelines.finetune import finetune
+from pipelines.options import parse
+from pipelines.plan import make_plan
+from pipelines.priors import generate_priors
+from pipelines.run import Run
+from pipelines.training_set import encode_training_sets, location_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+TRIALS = int(os.environ.get("TRIALS", "10"))
+STEPS, EVERY = 60, 10
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    local_ray: None, photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SubjectStore, Run]:
+    """A run of two workers on a small SDXL, whose training set is in the store."""
+    arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(small_sdxl), "--steps", str(STEPS)]
+    arguments += ["--store", str(tmp_path_factory.mktemp("killed")), "--prior-images", "4", "--prior-batch", "4"]
+    arguments += ["--prior-steps", "2", "--batch", "4", "--learning-rate", "1e-3", "--workers", "2"]
+    plan = make_plan(parse(arguments, ""))
+    [planned] = plan.subjects
+    assert planned.run.prior is not None
+    plan.store.add_backbone(plan.backbone)
+    generate_priors(plan.store, [(planned.run.prior, 4)], planned.run.lane, Display())
+    encode_training_sets(plan.store, [planned], planned.run.lane, Display())
+    return plan.store, planned.run
+
+
+def variants(store: SubjectStore, base: Run, zero_stage: int, names: list[str]) -> list[Run]:
+    """Runs that are trained alike: other samples of the finished model make them runs of their own."""
+    lane = replace(base.lane, zero_stage=zero_stage)
+    runs = [replace(base, lane=lane, sample_prompts=(name,)) for name in names]
+    for run in runs:
+        location_of(store, run).write_bytes(location_of(store, base).read_bytes())
+    return runs
+
+
+def training_workers() -> list[psutil.Process]:
+    """Those of this test's own Ray."""
+    ours = psutil.Process().children(recursive=True)
+    return [process for process in ours if any("RayTrainWorker" in word for word in process.cmdline())]
+
+
+def kill_one_in_each(store: SubjectStore, runs: list[Run], chance: random.Random, killed: list[int]) -> None:
+    """During each run kill one of its workers, some time after one of its checkpoints."""
+    for run in runs:
+        after = chance.randrange(EVERY, STEPS - EVERY, EVERY)
+        while not any(found.step >= after for found in checkpoints(store, run)):
+            if final_checkpoint(store, run) is not None:
+                return
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        chance.choice(training_workers()).kill()
+        killed.append(checkpoints(store, run)[-1].step)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_workers_killed_at_any_moment_leave_no_trace_in_the_weights(
+    prepared: tuple[SubjectStore, Run], zero_stage: int
+) -> None:
+    store, base = prepared
+    undisturbed, *disturbed = variants(store, base, zero_stage, ["undisturbed", *map(str, range(TRIALS))])
+    assert finetune(store, [undisturbed], EVERY, Display()) == {}
+    killed: list[int] = []
+    chance = random.Random(zero_stage)
+    killer = threading.Thread(target=kill_one_in_each, args=(store, disturbed, chance, killed), daemon=True)
+    killer.start()
+    assert finetune(store, disturbed, EVERY, Display(), lanes=1) == {}
+    killer.join()
+    assert len(killed) == TRIALS
+    expected = final_checkpoint(store, undisturbed)
+    assert expected is not None
+    weights = expected.read()
+    for run in disturbed:
+        checkpoint = final_checkpoint(store, run)
+        assert checkpoint is not None
+        trained = checkpoint.read()
+        assert [name for name in weights if not torch.equal(trained[name], weights[name])] == []
