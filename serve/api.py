@@ -26,6 +26,7 @@ from serve.keys import ANYONE, Key, KeyFolder, KeyRing
 from serve.middleware import BoundedBody, Record
 from serve.order import BadRequest, Drawn, Order
 from serve.shapes import (
+    EVENT_STREAM,
     SEEDS,
     CompletedEvent,
     ErrorResponse,
@@ -77,9 +78,7 @@ def create_api(catalog: Catalog, draw: Draw, rules: Rules) -> FastAPI:
     api = FastAPI(
         title="DreamBooth",
         lifespan=lifespan,
-        responses={
-            status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 504)
-        },
+        responses={status: {"model": ErrorResponse} for status in _ERRORS},
     )
     ring = KeyRing(rules.keys.folder) if rules.keys else None
     api.state.ring = ring
@@ -96,7 +95,7 @@ def create_api(catalog: Catalog, draw: Draw, rules: Rules) -> FastAPI:
     @api.post(
         _GENERATIONS,
         response_model=ImagesResponse,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/event-stream": EVENT_STREAM}}},
     )
     async def generate_images(request: Request, body: ImagesRequest, key: Holder) -> ImagesResponse | Response:
         """Draw images of a subject."""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 SEEDS = 2**32  # torch's CPU generator keeps the low 32 bits of a seed
+
+
+def _as_integer(value: object) -> object:
+    """1.0 as 1: to JSON Schema both are integers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Integer = BeforeValidator(_as_integer)
 
 
 class ImagesRequest(BaseModel):
@@ -20,7 +28,7 @@ class ImagesRequest(BaseModel):
         max_length=4000,
         description="`{subject}` in it stands for what the subject is called.",
     )
-    n: int = Field(1, ge=1, le=10, description="Number of images.")
+    n: Annotated[int, Field(ge=1, le=10), _Integer] = Field(1, description="Number of images.")
     size: str | None = Field(
         None, pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}$", description="`WIDTHxHEIGHT`; by default as the model was trained."
     )
@@ -28,17 +36,19 @@ class ImagesRequest(BaseModel):
         "b64_json", description="`url` answers with addresses from which the images can be fetched for a while."
     )
     output_format: Literal["png"] = "png"
-    seed: int | None = Field(
-        None, ge=0, lt=SEEDS, description="Seed of the first image, each next one's is 1 higher; by default random."
+    seed: Annotated[int, Field(ge=0, lt=SEEDS), _Integer] | None = Field(
+        None, description="Seed of the first image, each next one's is 1 higher; by default random."
     )
-    num_inference_steps: int | None = Field(None, ge=1, le=200, description="By default as the model's samples.")
+    num_inference_steps: Annotated[int, Field(ge=1, le=200), _Integer] | None = Field(
+        None, description="By default as the model's samples."
+    )
     guidance_scale: Annotated[FiniteFloat, Field(ge=0, le=50)] | None = Field(
         None, description="By default as the model's samples."
     )
     negative_prompt: str | None = Field(None, max_length=4000)
     stream: bool = Field(False, description="Answer with server-sent events, each image as soon as it is there.")
-    partial_images: int = Field(
-        0, ge=0, le=3, description="Unfinished images to send of each image; only with `stream`."
+    partial_images: Annotated[int, Field(ge=0, le=3), _Integer] = Field(
+        0, description="Unfinished images to send of each image; only with `stream`."
     )
     deadline: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
         None, description="Seconds after which the answer is of no use; at most, and by default, the server's own."
@@ -94,6 +104,45 @@ class CompletedEvent(_ImageEvent):
     warning: str | None
 
 
+class Error(BaseModel):
+    """What went wrong; `param` names the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: Error
+
+
+EVENT_STREAM = {
+    "schema": {
+        "type": "object",
+        "description": "A server-sent event; its data is a JSON object.",
+        "properties": {
+            "event": {"enum": ["image_generation.partial_image", "image_generation.completed", "error"]},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {
+                    "anyOf": [
+                        PartialImageEvent.model_json_schema(),
+                        CompletedEvent.model_json_schema(),
+                        {"$ref": "#/components/schemas/ErrorResponse"},
+                    ]
+                },
+            },
+        },
+        "required": ["event", "data"],
+    }
+}
+"""A streamed answer to `POST /v1/images/generations`, for the OpenAPI document."""
+
+
 class Model(BaseModel):
     """A subject, or one version of it."""
 
@@ -135,18 +184,3 @@ class KeyList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[KeyEntry]
-
-
-class Error(BaseModel):
-    """What went wrong; `param` names the field at fault."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """The body of every answer that is not a success."""
-
-    error: Error
