@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import random
+import string
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from starlette.testclient import TestClient
 
@@ -152,6 +156,26 @@ def test_a_store_that_cannot_be_read_is_a_503(catalog: Catalog, rules: Rules, tm
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
     assert int(answer.headers["Retry-After"]) > 0
     assert "secret" not in answer.text
+
+
+@pytest.mark.slow
+def test_ten_thousand_unknown_ids_reach_no_replica_and_leave_no_trace(
+    catalog: Catalog, rules: Rules, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = TestClient(create_api(catalog, no_draw, rules), client=("127.0.0.1", 1))
+    chance = random.Random(1)
+
+    def ask(count: int) -> None:
+        for _ in range(count):
+            model = "".join(chance.choices(string.printable, k=chance.randrange(1, 200)))
+            answer = client.post(GENERATIONS, json={"model": model, "prompt": "a {subject}"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+    caplog.set_level(logging.CRITICAL, "ray.serve")  # pytest keeps all that is logged
+    ask(1000)
+    before = psutil.Process().memory_info().rss
+    ask(10_000)
+    assert psutil.Process().memory_info().rss - before < 8 * 2**20
 
 
 def test_loopback_hosts() -> None:

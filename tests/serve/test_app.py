@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+import yaml
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from openai import APIError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.config import HTTPOptions
+from ray.serve.schema import ServeDeploySchema
 from transformers import CLIPTextModel
 
 from dreambooth.store import SubjectStore
@@ -452,3 +454,11 @@ def test_replicas_can_follow_the_load_down_to_none() -> None:
 
 def test_names_can_be_given_on_the_command_line() -> None:
     assert Arguments.model_validate({"store": "s", "keep": "mug,dog@1"}).keep == ("mug", "dog@1")
+
+
+def test_the_configuration_for_clusters_is_one_that_serve_takes() -> None:
+    document = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    [application] = ServeDeploySchema(**document).applications
+    args = Arguments(**application.args)
+    assert (application.import_path, args.replicas, args.max_replicas) == ("serve.app:app", 1, 4)
+    assert deployment_options(args)["ray_actor_options"] == {"num_cpus": 4, "num_gpus": 1}
