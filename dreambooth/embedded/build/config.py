@@ -124,8 +124,8 @@ PRESETS = {
     "cpu": replace(
         _FULL,
         pool=replace(_FULL.pool, backbone=48_000, clip=48_000, dino=24_000),
-        vae=replace(_FULL.vae, recipe=Recipe(steps=2_400, batch=16, lr=1e-3, warmup=100, ema=0.998)),
-        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_500, batch=128)),
+        vae=replace(_FULL.vae, recipe=Recipe(steps=1_700, batch=16, lr=1e-3, warmup=100, ema=0.998)),
+        text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_000, batch=128)),
         unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
         judges=replace(
             _FULL.judges,

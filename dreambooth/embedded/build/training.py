@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-EMA_PREFIX, MODEL_PREFIX, OPTIMIZER_PREFIX = "ema/", "model/", "optimizer/"
+EMA_PREFIX, MODEL_PREFIX = "ema/", "model/"
 
 
 class OutOfTimeError(Exception):
@@ -44,6 +44,7 @@ class Recipe:
     decay: bool = True
     weight_decay: float = 0.01
     ema: float = 0.0
+    muon: bool = False
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to zero over all steps, or a constant."""
@@ -76,29 +77,18 @@ def train(
     Returns the average of the weights (with `recipe.ema`), which holds the result then; `model` holds the last ones.
     Raises `OutOfTimeError` after saving when the clock runs out.
     """
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    # Tokens that no caption holds get no gradient: weight decay alone would shrink them all to nothing.
-    groups = [
-        {"params": [p for p in decayed if p not in embeddings], "weight_decay": recipe.weight_decay},
-        {"params": others + [p for p in decayed if p in embeddings], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
+    optimizers = Optimizers(model, recipe)
     average = _copy(model) if recipe.ema else None
-    step = load_checkpoint(folder, model, optimizer, average)
+    step = load_checkpoint(folder, model, optimizers, average)
     model.train()
     seen, began = 0, time.monotonic()
     saved = began
     losses: list[Tensor] = []
     while step < recipe.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
         loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers.step(recipe.rate(step))
         step, seen = step + 1, seen + recipe.batch
         if average is not None:
             _average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
@@ -111,7 +101,7 @@ def train(
             )
             losses.clear()
         if time.monotonic() > saved + every or step == recipe.steps or clock.expired():
-            save_checkpoint(folder, model, optimizer, average, step)
+            save_checkpoint(folder, model, optimizers, average, step)
             saved = time.monotonic()
         if clock.expired() and step < recipe.steps:
             raise OutOfTimeError(f"{folder.name} stopped at step {step} of {recipe.steps}")
@@ -119,16 +109,85 @@ def train(
     return average
 
 
+class Optimizers:
+    """AdamW over all weights, or with `recipe.muon` Muon over the matrices inside (Jordan et al. 2024, "Muon") and AdamW
+    over the rest: the first and last layer, embeddings, biases and norms."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        """Optimizers without state."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+        ends = {p for name, p in model.named_parameters() if {"conv_in", "conv_out"} & set(name.split("."))}
+        wide = [p for p in trained if p.ndim > 1 and p not in embeddings]
+        self.inner = [p for p in wide if p not in ends] if recipe.muon else []
+        inside = set(self.inner)
+        # Tokens that no caption holds get no gradient: weight decay alone would shrink them all to nothing.
+        groups = [
+            {"params": [p for p in wide if p not in inside], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1 or p in embeddings], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
+        self.all: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
+        # Muon knows matrices alone: a convolution is one, seen as (out, everything else).
+        self.matrices = [nn.Parameter(_as_matrix(p.detach())) for p in self.inner]
+        if self.matrices:
+            self.all["muon"] = torch.optim.Muon(
+                self.matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+
+    def step(self, rate: float) -> None:
+        """Move the weights by their gradients at this learning rate, and drop the gradients."""
+        for matrix, parameter in zip(self.matrices, self.inner, strict=True):
+            assert parameter.grad is not None
+            matrix.grad, parameter.grad = _as_matrix(parameter.grad), None
+        for optimizer in self.all.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All moments by `optimizer/number/name`."""
+        return {
+            f"{kind}/{index}/{name}": value
+            for kind, optimizer in self.all.items()
+            for index, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `tensors` gave."""
+        for kind, optimizer in self.all.items():
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                owner, _, rest = key.partition("/")
+                if owner != kind:
+                    continue
+                index, name = rest.split("/")
+                parameter = parameters[int(index)]
+                # Fused optimizers walk over parameters and moments alike: both want one memory format.
+                laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+                state.setdefault(int(index), {})[name] = laid_out
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """A weight or gradient as a view (out, everything else), whichever memory format it has."""
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.flatten(1)
+
+
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None, step: int
+    folder: Path, model: nn.Module, optimizers: Optimizers, average: nn.Module | None, step: int
 ) -> None:
-    """Write weights, their average and the optimizer's moments as one safetensors file, atomically."""
+    """Write weights, their average and the optimizers' moments as one safetensors file, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {MODEL_PREFIX + name: value for name, value in model.state_dict().items()}
     if average is not None:
         tensors |= {EMA_PREFIX + name: value for name, value in average.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"{OPTIMIZER_PREFIX}{index}/{name}": value for name, value in state.items()}
+    tensors |= optimizers.tensors()
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     partial = folder / "checkpoint.part"
     save_file(tensors, partial, metadata={"step": json.dumps(step)})
@@ -136,7 +195,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, average: nn.Module | None = None
+    folder: Path, model: nn.Module, optimizers: Optimizers | None = None, average: nn.Module | None = None
 ) -> int:
     """Take up the checkpoint in `folder`; returns its step, or 0 where there is none."""
     path = folder / "checkpoint.safetensors"
@@ -150,16 +209,8 @@ def load_checkpoint(
     model.load_state_dict(under(MODEL_PREFIX))
     if average is not None:
         average.load_state_dict(under(EMA_PREFIX))
-    if optimizer is not None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in under(OPTIMIZER_PREFIX).items():
-            index, key = name.split("/")
-            parameter = parameters[int(index)]
-            # Fused optimizers walk over parameters and moments alike: both want one memory format.
-            laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-            state.setdefault(int(index), {})[key] = laid_out
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if optimizers is not None:
+        optimizers.load(tensors)
     return checkpoint_step(folder)
 
 
