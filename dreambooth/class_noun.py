@@ -13,7 +13,7 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
-_TEMPLATE = "a photo of a {}"
+TEMPLATE = "a photo of a {}"
 _SCALE = 100.0
 """CLIP's softmax temperature, the bound at which its training ends."""
 
@@ -62,10 +62,17 @@ class FoundNoun:
 
 
 def find_class_noun(
-    judge: PictureTextJudge, images: Sequence[Image.Image], nouns: Sequence[str] = NOUNS, runners_up: int = 3
+    judge: PictureTextJudge,
+    images: Sequence[Image.Image],
+    nouns: Sequence[str] = NOUNS,
+    template: str = TEMPLATE,
+    runners_up: int = 3,
 ) -> FoundNoun:
-    """The most probable of `nouns` for these photos of one subject, by its probability averaged over the photos."""
-    logits = _SCALE * judge.embed_images(images) @ judge.embed_texts([_TEMPLATE.format(noun) for noun in nouns]).T
+    """The most probable of `nouns` for these photos of one subject, by its probability averaged over the photos.
+
+    `nouns` and `template` are words that the judge knows.
+    """
+    logits = _SCALE * judge.embed_images(images) @ judge.embed_texts([template.format(noun) for noun in nouns]).T
     mean = logits.softmax(dim=-1).mean(dim=0)
     scores, order = mean.sort(descending=True, stable=True)
     ranked = [(nouns[index], score) for index, score in zip(order.tolist(), scores.tolist(), strict=True)]

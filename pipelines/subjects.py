@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import cache
 
 from dreambooth.backbones import Backbone
-from dreambooth.class_noun import FoundNoun, PictureTextJudge, find_class_noun
+from dreambooth.class_noun import NOUNS, TEMPLATE, FoundNoun, PictureTextJudge, find_class_noun
+from dreambooth.embedded.vocabulary import NOUNS as VOCABULARY
 from dreambooth.identifier import Identifier, check_identifier, find_identifier
 from dreambooth.judges.clip import ClipJudge
 from dreambooth.judges.embedded import EmbeddedClip
@@ -63,7 +64,8 @@ def read_subject(options: Options, spec: SubjectSpec) -> tuple[Subject, FoundNou
             "with --class-noun-judge"
         )
     subject = load_subject(spec.name, spec.images, "subject", captions=captions)
-    found = find_class_noun(_judge(judge), [image.pixels() for image in subject.images])
+    words = (tuple(VOCABULARY), "a {}") if judge == EmbeddedClip.name else (NOUNS, TEMPLATE)
+    found = find_class_noun(_judge(judge), [image.pixels() for image in subject.images], *words)
     return replace(subject, class_noun=found.noun), found
 
 

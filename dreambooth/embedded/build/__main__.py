@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from dreambooth.embedded.build import stages
+from dreambooth.embedded.build.adopt import adopt
 from dreambooth.embedded.build.config import PRESETS
 from dreambooth.embedded.build.training import Clock, OutOfTimeError
 
@@ -41,6 +42,8 @@ class Options:
     """Processes that render scenes."""
     sprites: Path | None = None
     """Sprites made before, instead of those out of npm's emoji packages."""
+    continue_from: Path | None = None
+    """Shipped weights whose U-Net is to be trained further; their other parts are taken as they are."""
 
 
 def main(options: Options) -> int:
@@ -49,6 +52,8 @@ def main(options: Options) -> int:
     torch.set_float32_matmul_precision("high")
     clock = Clock(time.monotonic() + 60 * options.minutes, torch.device(options.device), options.compile)
     build = stages.Build(options.out, PRESETS[options.preset], clock, options.workers, options.sprites)
+    if options.continue_from is not None:
+        adopt(options.continue_from, build.config, build.out)
     chosen: dict[str, Callable[[stages.Build], None]] = stages.STAGES
     if options.stage != "all":
         chosen = {options.stage: stages.STAGES[options.stage]}

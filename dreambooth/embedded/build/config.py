@@ -129,8 +129,8 @@ PRESETS = {
         unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=2_500, batch=128),
-            dino=replace(_FULL.judges.dino, steps=3_000, batch=64),
+            clip=replace(_FULL.judges.clip, steps=1_500, batch=128, muon=True),
+            dino=replace(_FULL.judges.dino, steps=1_500, batch=64, muon=True),
         ),
     ),
     "tiny": BuildConfig(

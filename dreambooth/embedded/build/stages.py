@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth.embedded.build import (
+    adopt,
     card,
     evaluate,
     judges,
@@ -172,6 +173,7 @@ def run_package(build: Build) -> None:
     judges.save_judges(clip, dino, build.tokenizer, build.config.pool.size, build.weights / "judges")
     package.load_as_float32(build.weights / "judges")
     (build.weights / "ATTRIBUTION.md").write_text(sprites.ATTRIBUTION)
+    steps += adopt.steps_before(build.out)
     training = {name: checkpoint_step(build.out / name) for name in ("vae", "text", "judge-clip", "judge-dino")}
     (build.weights / "training.json").write_text(json.dumps(training | {"unet": steps}, indent=2) + "\n")
     print(f"{package.check_sizes(build.weights)} bytes in {build.weights}", flush=True)

@@ -110,8 +110,8 @@ def train(
 
 
 class Optimizers:
-    """AdamW over all weights, or with `recipe.muon` Muon over the matrices inside (Jordan et al. 2024, "Muon") and AdamW
-    over the rest: the first and last layer, embeddings, biases and norms."""
+    """AdamW over all weights, or with `recipe.muon` Muon (Jordan et al. 2024) over the matrices inside and AdamW over
+    the rest: the first and last layer, embeddings, biases and norms."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         """Optimizers without state."""
@@ -180,14 +180,15 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizers: Optimizers, average: nn.Module | None, step: int
+    folder: Path, model: nn.Module, optimizers: Optimizers | None, average: nn.Module | None, step: int
 ) -> None:
     """Write weights, their average and the optimizers' moments as one safetensors file, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {MODEL_PREFIX + name: value for name, value in model.state_dict().items()}
     if average is not None:
         tensors |= {EMA_PREFIX + name: value for name, value in average.state_dict().items()}
-    tensors |= optimizers.tensors()
+    if optimizers is not None:
+        tensors |= optimizers.tensors()
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     partial = folder / "checkpoint.part"
     save_file(tensors, partial, metadata={"step": json.dumps(step)})

@@ -1,7 +1,9 @@
 import json
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from dreambooth.embedded.build.adopt import adopt
 from dreambooth.embedded.build.config import PRESETS
 from dreambooth.embedded.build.package import SHARD_BYTES, TOTAL_BYTES, check_sizes
 from dreambooth.embedded.build.pool import for_pretraining, make_pool, pairs, read_pool
-from dreambooth.embedded.build.stages import Build, run_package
-from dreambooth.embedded.build.training import Clock, OutOfTimeError, load_average
+from dreambooth.embedded.build.stages import Build, run_package, run_unet
+from dreambooth.embedded.build.training import Clock, OutOfTimeError, checkpoint_step, load_average
 from dreambooth.embedded.build.vae import finished_vae, new_vae, psnr
 from dreambooth.embedded.scenes import Sprites, render
 from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
@@ -172,3 +175,31 @@ def test_the_judges_load_and_give_unit_vectors(built, no_network):
         assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=1e-5)
     # fp16 weights of a small tower: the batch a picture comes in does not matter.
     assert torch.allclose(dino.embed_images(pictures)[1], dino.embed_images(pictures[1:2])[0], atol=1e-5)
+
+
+def test_shipped_weights_can_be_trained_further(built, sprites, tmp_path):
+    adopt(built / "weights", CONFIG, tmp_path)
+    for part in ("vae", "text", "judge-clip", "judge-dino"):
+        assert checkpoint_step(tmp_path / part) == checkpoint_step(built / part) > 0
+    assert checkpoint_step(tmp_path / "unet") == 0
+
+    shutil.copytree(built / "pools", tmp_path / "pools")
+    build = Build(tmp_path, CONFIG, Clock(float("inf"), torch.device("cpu")), given_sprites=sprites)
+    run_package(build)
+    for path in (built / "weights").rglob("*.safetensors"):
+        name = path.relative_to(built / "weights")
+        if "vae" not in name.parts:  # its latents are normalized once more, by what half precision left of a scale
+            assert (tmp_path / "weights" / name).read_bytes() == path.read_bytes(), name
+    run_unet(build)
+    run_package(build)
+    training = [json.loads((folder / "weights" / "training.json").read_text()) for folder in (built, tmp_path)]
+    assert training[1]["unet"] == training[0]["unet"] + CONFIG.unet.recipe.steps
+    unet = "weights/backbone/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / unet).read_bytes() != (built / unet).read_bytes()
+
+
+def test_weights_of_another_shape_are_refused(built, tmp_path):
+    with pytest.raises(ValueError, match="other shapes"):
+        adopt(built / "weights", replace(CONFIG, judges=PRESETS["full"].judges), tmp_path)
+    with pytest.raises(ValueError, match=r"holds no embedded backbone"):
+        adopt(tmp_path / "nothing", CONFIG, tmp_path)
