@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dreambooth.embedded.untrained import make_tokenizer
 from tests.small_tokenizers import small_t5_tokenizer
+from tests.untrained import make_tokenizer
 
 _CROSS, _PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 _STABLE_DIFFUSION_UNET = {

@@ -28,8 +28,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from dreambooth.embedded.untrained import make_tokenizer, text_config
 from tests.small_tokenizers import small_t5_tokenizer
+from tests.untrained import make_tokenizer, text_config
 
 _BLOCKS = {
     "sample_size": 8,

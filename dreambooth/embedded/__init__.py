@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from filelock import FileLock
-
 from dreambooth.subject import SubjectSpec
 
 _HERE = Path(__file__).parent
@@ -12,20 +10,9 @@ _HERE = Path(__file__).parent
 def backbone_path() -> Path:
     """The folder of the embedded backbone, loadable by `StableDiffusionXLPipeline.from_pretrained`.
 
-    Without weights beside the package (`python -m dreambooth.embedded.build` makes them) it is an untrained stand-in:
-    small networks made from configurations at first use and kept in the user's cache.
+    `README.md` beside it is the model card; `python -m dreambooth.embedded.build` made it.
     """
-    shipped = _HERE / "weights" / "backbone"
-    if (shipped / "model_index.json").exists():
-        return shipped
-    from dreambooth.embedded import untrained
-
-    folder = Path("~/.cache/dreambooth").expanduser() / f"embedded-untrained-{untrained.REVISION}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            untrained.write_pipeline(folder)
-    return folder
+    return _HERE / "weights" / "backbone"
 
 
 def subjects_path() -> Path:

@@ -42,7 +42,6 @@ from starlette.responses import JSONResponse  # noqa: E402
 from dreambooth.backbones import open_backbone  # noqa: E402
 from dreambooth.embedded.build.config import UnetConfig  # noqa: E402
 from dreambooth.embedded.build.unet import new_unet  # noqa: E402
-from dreambooth.embedded.untrained import make_pipeline  # noqa: E402
 from dreambooth.store import SubjectStore, Version  # noqa: E402
 from serve.app import GIB, Arguments, app  # noqa: E402
 from serve.skeleton import Skeleton  # noqa: E402
@@ -50,6 +49,7 @@ from serve.tiers import DiskTier, HostTier  # noqa: E402
 from tests.distributed.traffic import Traffic, count_reads, processes, publish_subjects, zipf  # noqa: E402
 from tests.serve.published import publish  # noqa: E402
 from tests.small_models import write_sdxl  # noqa: E402
+from tests.untrained import make_pipeline  # noqa: E402
 
 SUBJECTS = [f"subject{number}" for number in range(12)]
 REPLICAS, SLOTS, CLIENTS = 3, 4, 16

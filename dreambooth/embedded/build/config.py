@@ -123,14 +123,14 @@ PRESETS = {
     "full": _FULL,
     "cpu": replace(
         _FULL,
-        pool=replace(_FULL.pool, backbone=48_000, clip=48_000, dino=24_000),
+        pool=replace(_FULL.pool, backbone=48_000, clip=128_000, dino=20_000),
         vae=replace(_FULL.vae, recipe=Recipe(steps=1_700, batch=16, lr=1e-3, warmup=100, ema=0.998)),
         text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_000, batch=128)),
-        unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, batch=32)),
+        unet=replace(_FULL.unet, recipe=Recipe(steps=2_450, batch=64, lr=1e-3, warmup=100, ema=0.998, muon=True)),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=1_500, batch=128, muon=True),
-            dino=replace(_FULL.judges.dino, steps=1_500, batch=64, muon=True),
+            clip=replace(_FULL.judges.clip, steps=5_000, batch=128, muon=True),
+            dino=replace(_FULL.judges.dino, steps=2_000, batch=64, muon=True),
         ),
     ),
     "tiny": BuildConfig(

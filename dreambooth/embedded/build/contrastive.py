@@ -5,6 +5,7 @@ Used twice, apart: for the backbone's two text encoders, and for the judge `embe
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from dreambooth.embedded.build.pool import Pool
 from dreambooth.embedded.build.training import Clock, Recipe, autocast, batches, to_pixels, train
 
 MAX_LOGIT_SCALE = 4.6
+GROUP = 16
 
 
 def new_image_tower(widths: tuple[int, ...]) -> ResNetModel:
@@ -88,9 +90,10 @@ def train_contrast(
     contrast.to(clock.device)
     tokens = tokenize(tokenizer, pool.captions)
     _, caption_numbers = torch.unique(tokens, dim=0, return_inverse=True)
+    alike = rows_alike_but_for_the_noun(pool)
 
     def loss_of(step: int) -> Tensor:
-        rows = batches(len(pool.images), recipe.batch, seed, step)
+        rows = hard_batch(alike, recipe.batch, seed, step)
         numbers = caption_numbers[rows].to(clock.device)
         # Nothing lies to the right of a batch's longest caption but padding, which a causal tower never looks back to.
         length = int((tokens[rows] == tokenizer.eos_token_id).int().argmax(1).max()) + 1
@@ -99,6 +102,32 @@ def train_contrast(
             return contrast(pixels, tokens[rows, :length].to(clock.device), (numbers[:, None] == numbers).float())
 
     train(contrast, loss_of, recipe, folder, clock)
+
+
+def rows_alike_but_for_the_noun(pool: Pool) -> list[np.ndarray]:
+    """For each row of the pool, the rows whose captions say the same of another noun, or of its own."""
+    groups: dict[str, list[int]] = {}
+    keys = [
+        caption.replace(noun, "_", 1).replace("an _", "a _")
+        for caption, noun in zip(pool.captions, pool.nouns, strict=True)
+    ]
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    arrays = {key: np.array(rows) for key, rows in groups.items()}
+    return [arrays[key] for key in keys]
+
+
+def hard_batch(alike: list[np.ndarray], batch: int, seed: int, step: int) -> np.ndarray:
+    """The rows of a step: half of them next in order, half in groups of up to `GROUP` that differ by the noun alone.
+
+    Places and colours tell most captions of an ordinary batch apart, so that nouns would hardly be learned.
+    """
+    rows = batches(len(alike), batch // 2, seed, step).tolist()
+    rng = np.random.default_rng([seed, step])
+    while len(rows) < batch:
+        own = alike[int(rng.integers(len(alike)))]
+        rows += rng.choice(own, min(GROUP, len(own), batch - len(rows)), replace=False).tolist()
+    return np.array(rows)
 
 
 def augment(pixels: Tensor, step: int) -> Tensor:

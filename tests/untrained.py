@@ -1,9 +1,7 @@
-"""An untrained pipeline of SDXL's classes, small enough for a CPU: all parts are real, none has learned anything."""
+"""An untrained pipeline in the sizes of a small embedded one: all parts are real, none has learned anything."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +10,8 @@ from spellchecker import SpellChecker
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-REVISION = 1
-"""Raise it when what `write_pipeline` makes changes: cached copies carry it in their name."""
-
 _VOCABULARY = 4096
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-
-
-def write_pipeline(folder: Path, seed: int = 0) -> None:
-    """Write a `StableDiffusionXLPipeline` for 64x64 pixels to `folder`, which appears whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_pipeline(seed).save_pretrained(partial, safe_serialization=True)
-    partial.rename(folder)
 
 
 def make_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
