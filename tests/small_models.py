@@ -113,9 +113,14 @@ _IF_BLOCKS = {
     "addition_embed_type": "text",
     "addition_embed_type_num_heads": 2,
     "resnet_time_scale_shift": "scale_shift",
+}
+_IF_II_BLOCKS = _IF_BLOCKS | {
+    "class_embed_type": "timestep",
+    "mid_block_scale_factor": 1 / 0.7071,
+    "resnet_out_scale_factor": 1 / 0.7071,
     "resnet_skip_time_act": True,
-    "mid_block_scale_factor": 1.414,
     "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 32,
 }
 _IF_NOISE = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
 _IF_OFF = {"safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False}
@@ -139,9 +144,7 @@ def write_deepfloyd_if_super_resolution(folder: Path) -> Path:
     """A stage II of DeepFloyd IF for 64x64 pixels: the small image beside the noisy one, its noise level as a class."""
     torch.manual_seed(5)
     tokenizer = small_t5_tokenizer()
-    unet = UNet2DConditionModel(
-        **_IF_BLOCKS, sample_size=64, in_channels=6, layers_per_block=(1, 2), class_embed_type="timestep"
-    )
+    unet = UNet2DConditionModel(**_IF_II_BLOCKS, sample_size=64, in_channels=6, layers_per_block=(1, 2))
     IFSuperResolutionPipeline(
         tokenizer=tokenizer,
         text_encoder=_t5(len(tokenizer)),
@@ -160,7 +163,11 @@ def _t5(vocabulary: int) -> T5EncoderModel:
 
 def _if_scheduler(sample_max_value: float) -> DDPMScheduler:
     return DDPMScheduler(
-        **_IF_NOISE, variance_type="learned_range", thresholding=True, sample_max_value=sample_max_value
+        **_IF_NOISE,
+        variance_type="learned_range",
+        thresholding=True,
+        dynamic_thresholding_ratio=0.95,
+        sample_max_value=sample_max_value,
     )
 
 
