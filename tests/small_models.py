@@ -14,6 +14,7 @@ from diffusers import (
     IFPipeline,
     IFSuperResolutionPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -152,6 +153,31 @@ def write_deepfloyd_if_super_resolution(folder: Path) -> Path:
         scheduler=_if_scheduler(sample_max_value=1.0),
         image_noising_scheduler=DDPMScheduler(**_IF_NOISE),
         **_IF_OFF,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_upscaler(folder: Path) -> Path:
+    """An upscaler by 4: its U-Net sees the small image beside latents of the same size, and its noise as a class."""
+    torch.manual_seed(6)
+    tokenizer = make_tokenizer(2000)
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
+    StableDiffusionUpscalePipeline(
+        vae=_autoencoder(scaling_factor=0.08333),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 24)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            **_BLOCKS,
+            in_channels=7,
+            cross_attention_dim=24,
+            attention_head_dim=8,
+            use_linear_projection=True,
+            only_cross_attention=(True, False),
+            num_class_embeds=1000,
+        ),
+        low_res_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        scheduler=DDIMScheduler(**noise, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False),
+        max_noise_level=350,
     ).save_pretrained(folder)
     return folder
 
