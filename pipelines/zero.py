@@ -7,6 +7,7 @@ exchange is plain tensors in safetensors files: no pickle, and nothing of how th
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -87,8 +88,8 @@ class Partition:
 
 
 def local_device() -> torch.device:
-    """The device on which this rank trains."""
-    return torch.device(get_accelerator().current_device_name())
+    """The device on which the engine of this rank will train; torch's current one is set when it starts."""
+    return torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
 
 
 def start_engine(
