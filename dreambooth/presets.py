@@ -81,9 +81,8 @@ class MachinePreset:
 
 # Learning rates, and on one GPU of 24 GB steps and batch, are those of the families above; where the batch is larger,
 # the steps are fewer, so that as many images are seen. Offloading and checkpointing are the least that, by the memory
-# plan at full size (Stable Diffusion 1.x, SDXL, IF-I-XL) with class-prior images, leaves 3 GiB for buffers. IF-II-L
-# shares ZeRO and offloading with stage I; that it checkpoints is a guess from its 1.2 B parameters. No row has been run
-# on such a machine yet.
+# plan at full size (Stable Diffusion 1.x, SDXL, IF-I-XL, IF-II-L) with class-prior images where they are used, leaves
+# 3 GiB for buffers. IF-II-L shares ZeRO and offloading with stage I. No row has been run on such a machine yet.
 MACHINE_PRESETS: dict[tuple[str, str], MachinePreset] = {
     #                                              steps lr    batch resolution precision ZeRO offload checkpointing
     ("stable-diffusion", "1x24GB"): MachinePreset(800,  5e-6, 2,    512,       "bf16",   2,   "none", False),
@@ -95,9 +94,9 @@ MACHINE_PRESETS: dict[tuple[str, str], MachinePreset] = {
     ("deepfloyd-if",     "1x24GB"): MachinePreset(1000, 1e-7, 4,    64,        "bf16",   2,   "cpu",  False),
     ("deepfloyd-if",     "1x80GB"): MachinePreset(1000, 1e-7, 4,    64,        "bf16",   2,   "none", True),
     ("deepfloyd-if",     "8x80GB"): MachinePreset(500,  1e-7, 8,    64,        "bf16",   2,   "none", False),
-    ("deepfloyd-if-ii",  "1x24GB"): MachinePreset(1000, 5e-6, 2,    256,       "bf16",   2,   "cpu",  True),
-    ("deepfloyd-if-ii",  "1x80GB"): MachinePreset(1000, 5e-6, 2,    256,       "bf16",   2,   "none", True),
-    ("deepfloyd-if-ii",  "8x80GB"): MachinePreset(250,  5e-6, 8,    256,       "bf16",   2,   "none", True),
+    ("deepfloyd-if-ii",  "1x24GB"): MachinePreset(1000, 5e-6, 2,    256,       "bf16",   2,   "cpu",  False),
+    ("deepfloyd-if-ii",  "1x80GB"): MachinePreset(1000, 5e-6, 2,    256,       "bf16",   2,   "none", False),
+    ("deepfloyd-if-ii",  "8x80GB"): MachinePreset(250,  5e-6, 8,    256,       "bf16",   2,   "none", False),
 }  # fmt: skip
 
 

@@ -98,6 +98,9 @@ def sample(
     Each distinct prompt is encoded once. A super-resolution pipeline enlarges the images `small`, one a prompt;
     `options` go to the pipeline. Raises ArithmeticError, naming the seeds, when pixels are not finite.
     """
+    # An upscaler takes no size: its images are so many times as large as the small ones.
+    sized = "height" in inspect.signature(pipeline.__call__).parameters
+    size = {"height": settings.resolution, "width": settings.resolution} if sized else {}
     assert len(prompts) == len(seeds)
     assert len(small) in (0, len(prompts))
     encoded = {prompt: _encode(pipeline, prompt, settings) for prompt in dict.fromkeys(prompts)}
@@ -109,8 +112,7 @@ def sample(
             **{name: torch.cat([text[name] for text in texts]) for name in texts[0]},
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
-            height=settings.resolution,
-            width=settings.resolution,
+            **size,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chosen]],
             output_type="np",
             **({"image": list(small[chosen])} if small else {}),

@@ -6,7 +6,7 @@ It takes the place of the class-prior image as the target of Eq. 2's second term
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreambooth.backbones import Backbone, Conditioning
 from dreambooth.memory import in_precision
@@ -15,10 +15,10 @@ from dreambooth.memory import in_precision
 class Teacher:
     """A copy of the denoiser that is never trained, whole on one device."""
 
-    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
-        """Load the backbone's denoiser."""
-        self._backbone, self._dtype = backbone, dtype
-        self._denoiser = backbone.load(backbone.denoiser, dtype).to(device).requires_grad_(False)
+    def __init__(self, backbone: Backbone, denoiser: nn.Module) -> None:
+        """Take the backbone's `denoiser`, which is where its predictions are wanted, and in their precision."""
+        self._backbone, self._denoiser = backbone, denoiser.requires_grad_(False)
+        self._dtype = next(denoiser.parameters()).dtype
 
     @torch.no_grad()
     def __call__(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

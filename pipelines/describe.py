@@ -19,7 +19,7 @@ def describe(plan: Plan) -> Iterator[str]:
         if value not in (None, (), False):
             yield f"  {name:24} {value}"
     yield "Backbone"
-    for backbone in plan.backbones:
+    for backbone in plan.stored:
         yield f"  {backbone.source} ({backbone.family}), hash {backbone.hash[:12]}"
     for planned in plan.subjects:
         yield from _describe_subject(planned)

@@ -47,6 +47,9 @@ class ModelOptions:
     SDXL, stage I of DeepFloyd IF)."""
     super_resolution: str | None = None
     """Train this stage of a cascade too, and enlarge samples with it: stage II of DeepFloyd IF, a folder or hub id."""
+    upscaler: str | None = None
+    """Enlarge the samples of a cascade once more with this model, as it is: stabilityai/stable-diffusion-x4-upscaler,
+    by folder or hub id."""
     noise_level: int | None = None
     """Noise on the small image in super-resolution. By default the level nearest to the paper's lowered 1e-5."""
     resolution: int | None = None

@@ -69,7 +69,7 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
     with ray_session(lane, plan.options.run.verbose) as line:
         display.say(line)
         check_reachable(store)
-        for backbone in plan.backbones:
+        for backbone in plan.stored:
             store.add_backbone(backbone)
         for planned in waiting:
             store.claim_identifier(planned.run.subject, planned.run.identifier)

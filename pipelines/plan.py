@@ -14,6 +14,7 @@ from dreambooth.backbones import (
     DeepFloydIF,
     DeepFloydIFSuperResolution,
     LowResolution,
+    Upscaler,
     open_backbone,
 )
 from dreambooth.memory import MemoryPlan, plan_memory
@@ -28,6 +29,7 @@ from pipelines.lane import GIB, check_engine, check_nvme_path, device_bytes, gpu
 from pipelines.options import Options
 from pipelines.run import Lane, PlannedSubject, Run, Training, subject_phrase
 from pipelines.subjects import identifier_of, photo_prompts, read_subject, subject_specs
+from pipelines.upscaling import open_upscaler, with_upscaling
 
 _POSITIVE = (
     *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
@@ -66,6 +68,12 @@ class Plan:
     """Of each backbone; they are trained one after another."""
     lane: Lane
     device_bytes: int | None
+    upscaler: Upscaler | None = None
+
+    @property
+    def stored(self) -> tuple[Backbone, ...]:
+        """All that the store must hold."""
+        return (*self.backbones, *([self.upscaler] if self.upscaler else []))
 
     @property
     def backbone(self) -> Backbone:
@@ -90,15 +98,17 @@ def make_plan(options: Options) -> Plan:
     """
     _check_numbers(options)
     backbone = open_backbone(options.model.backbone)
-    if isinstance(backbone, DeepFloydIFSuperResolution):
+    if isinstance(backbone, DeepFloydIFSuperResolution | Upscaler):
+        option = "--upscaler" if isinstance(backbone, Upscaler) else "--super-resolution"
         raise ValueError(
-            f"--backbone {backbone.source!r} enlarges images and draws none: give its stage I, and this one as "
-            "--super-resolution"
+            f"--backbone {backbone.source!r} enlarges images and draws none: give stage I of its cascade, and this one "
+            f"as {option}"
         )
     training = _training(options, backbone)
     stages = [(backbone, training)]
     if options.model.super_resolution is not None:
         stages.append(_super_resolution(options, backbone, training))
+    upscaler = open_upscaler(options)
     lane = make_lane(options, _machine_preset(options, backbone))
     check_nvme_path(options, lane)
     for stage in stages:
@@ -118,10 +128,11 @@ def make_plan(options: Options) -> Plan:
             failures[spec.name] = str(error)
         else:
             taken.add(planned.run.identifier)
-            subjects.append(_with_super_resolution(planned, options, *stages[1:]))
+            subjects.append(with_upscaling(_with_super_resolution(planned, options, *stages[1:]), options, upscaler))
     order = tuple(spec.name for spec in specs)
     backbones = tuple(backbone for backbone, _ in stages)
-    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, lane, device_bytes(options, lane))
+    device = device_bytes(options, lane)
+    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, lane, device, upscaler)
     _check_disk(plan)
     if not options.run.dry_run:
         store.check_writable()
@@ -388,5 +399,5 @@ def _check_disk(plan: Plan) -> None:
 def disk_bytes(plan: Plan) -> int:
     """What the run will write at most: the backbone once, two checkpoints and one more in flight, and each version."""
     parameters = sum(memory.parameters for memory in plan.memory)
-    files = sum(size for backbone in plan.backbones for size in backbone.files.values())
+    files = sum(size for backbone in plan.stored for size in backbone.files.values())
     return files + 3 * 12 * parameters + 4 * parameters * len(plan.subjects)

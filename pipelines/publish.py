@@ -24,6 +24,7 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.console import Display, Stage
 from pipelines.run import PlannedSubject, Run
 from pipelines.trained import TrainedStage
+from pipelines.upscaling import UpscalingStage
 
 _PRIORS_SHOWN = 6
 _SUPER_RESOLUTION = "super_resolution"
@@ -61,6 +62,7 @@ class _Publisher:
             TrainedStage(self._store, stage, checkpoint.read())
             for stage, checkpoint in zip(run.stages, checkpoints, strict=True)
         ]
+        self._upscaler = UpscalingStage(self._store, run) if run.upscaling else None
         self._samples: list[Image.Image] = []
 
     def draw(self, number: int) -> None:
@@ -68,6 +70,8 @@ class _Publisher:
         image: list[Image.Image] = []
         for stage in self._stages:
             image = stage.draw(self._run.sample_prompts[number], self._run.seed + number, image)
+        if self._upscaler is not None:
+            image = self._upscaler.draw(self._run.sample_prompts[number], self._run.seed + number, image)
         self._samples += image
 
     def publish(self, subject: Subject) -> Version:
@@ -78,12 +82,14 @@ class _Publisher:
             first, *second = self._stages
             manifest = lineage(run, first.backbone)
             first.save(folder)
-            for stage in second:
+            for stage, its_run in zip(second, run.stages[1:], strict=True):
                 stage.save(folder / _SUPER_RESOLUTION)
                 manifest[_SUPER_RESOLUTION] = {
-                    "backbone": {"family": stage.backbone.family, "hash": stage.backbone.hash},
+                    "backbone": {"family": stage.backbone.family, "hash": its_run.backbone},
                     "components": sorted(stage.parts),
                 }
+            if self._upscaler is not None:
+                manifest["upscaler"] = self._upscaler.lineage()
             (folder / "samples").mkdir()
             for number, image in enumerate(self._samples):
                 image.save(folder / "samples" / f"{number:02d}.png")

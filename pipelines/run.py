@@ -79,6 +79,16 @@ class Lane:
 
 
 @dataclass(frozen=True)
+class Upscaling:
+    """A last stage that enlarges the samples of a cascade and is not trained."""
+
+    backbone: str
+    """The hash of the upscaler."""
+    samples: SamplerSettings
+    noise_level: int
+
+
+@dataclass(frozen=True)
 class Run:
     """One subject to be personalized: a pure value, from which every stage can be run alone, anywhere."""
 
@@ -100,6 +110,7 @@ class Run:
     """The same subject on the backbone that enlarges this one's images, when a cascade is trained."""
     captions: tuple[str, ...] = ()
     """The prompt of each instance image; without captions all carry the instance prompt."""
+    upscaling: Upscaling | None = None
 
     @cached_property
     def key(self) -> str:

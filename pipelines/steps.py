@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from dreambooth.backbones import Backbone, Conditioning
 from dreambooth.diffusion import PriorPreservationLoss, prior_preservation_loss
 from dreambooth.learning_rate import learning_rate_factor
-from dreambooth.memory import enable_gradient_checkpointing, in_precision
+from dreambooth.memory import in_precision
 from dreambooth.sampling import DTYPES
 from dreambooth.teacher import Teacher
-from dreambooth.textual_inversion import LearnedEmbeds, TextualInversion
 from pipelines.batches import Batches, Half, joined
 from pipelines.run import Run, Training
 
@@ -39,26 +37,6 @@ class Trainable(nn.Module):
             conditioning = conditioning | self.backbone.encode_text(encoders, ids)
         conditioning = in_precision(conditioning, z_t.dtype)
         return self.backbone.predict(self.networks[self.backbone.denoiser], z_t, t, conditioning)
-
-
-def load_networks(run: Run, backbone: Backbone) -> dict[str, nn.Module]:
-    """The backbone's networks through which gradients of the run flow, on the CPU, as they are before any training."""
-    inversion = run.training.method == "textual-inversion"
-    names = (backbone.denoiser, *backbone.text_encoders) if inversion else run.training.trained
-    networks = {name: backbone.load(name) for name in names}
-    if run.training.gradient_checkpointing:
-        for network in networks.values():
-            enable_gradient_checkpointing(network)
-    return networks
-
-
-def trainable(run: Run, backbone: Backbone, networks: Mapping[str, nn.Module]) -> nn.Module:
-    """The module that a run trains, with the weights that it begins with; `networks` keep theirs."""
-    if run.training.method == "dreambooth":
-        return Trainable(backbone, {name: copy.deepcopy(network) for name, network in networks.items()})
-    encoders = {name: networks[name] for name in backbone.text_encoders}
-    embeds = LearnedEmbeds.of_noun(backbone, encoders, run.identifier, run.class_noun)
-    return TextualInversion(backbone, networks, embeds)
 
 
 def groups(module: nn.Module, training: Training, backbone: Backbone) -> list[dict[str, Any]]:

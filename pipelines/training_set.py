@@ -70,6 +70,7 @@ class TrainingSetEncoder:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._networks: dict[str, Any] = {}
         self._backbone: Backbone | None = None
+        self._hash = ""  # that of a backbone itself is known when all its weights are read
 
     def _network(self, name: str) -> Any:
         assert self._backbone is not None
@@ -81,8 +82,9 @@ class TrainingSetEncoder:
         """Encode the subject of `row` and write its training set."""
         planned: PlannedSubject = pickle.loads(row["planned"])
         run = planned.run
-        if self._backbone is None or self._backbone.hash != run.backbone:
+        if self._hash != run.backbone:
             self._backbone, self._networks = self._store.open_backbone(run.backbone), {}
+            self._hash = run.backbone
         if self._device.type == "cpu":
             torch.set_num_threads(run.lane.cpus_per_worker)
         tensors = self._text(run) | self._instances(planned.subject, run) | self._priors(run)

@@ -1,7 +1,7 @@
 """A worker of a lane: it trains one run after another, and pays for its start-up once.
 
-The base weights stay in host memory; process group and compiled kernels stay. Every run has an engine of its own, built
-as in a new process, so that its weights do not depend on what the lane trained before.
+The base weights are read once a host and stay in its memory; process group and compiled kernels stay. Every run has an
+engine of its own, built as in a new process, so that its weights do not depend on what the lane trained before.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreambooth.backbones import Backbone
-from dreambooth.sampling import DTYPES
 from dreambooth.store import SubjectStore
 from dreambooth.teacher import Teacher
-from dreambooth.textual_inversion import TextualInversion
 from pipelines import training_set
 from pipelines.batches import Batches
-from pipelines.checkpoints import CheckpointWriter, State, last_checkpoint
+from pipelines.checkpoints import CheckpointWriter, last_checkpoint
+from pipelines.host_tensors import Host, HostTensors
 from pipelines.run import Run
-from pipelines.steps import groups, load_networks, measures_of, train_step, trainable
+from pipelines.steps import measures_of, train_step
 
 if TYPE_CHECKING:
     from pipelines.zero import Average
@@ -81,7 +80,8 @@ class Worker:
         self._store, self._every, self._report, self._nvme_path = store, checkpoint_every, report, nvme_path
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._attempt = self.agree(lambda: uuid.uuid4().hex[:12])
-        self._kept: tuple[Backbone, dict[str, nn.Module]] | None = None
+        self._host = Host()
+        self._kept: tuple[str, tuple[Backbone, HostTensors]] | None = None
 
     def agree(self, decide: Callable[[], Any]) -> Any:
         """What rank 0 decides, on all ranks."""
@@ -89,26 +89,29 @@ class Worker:
         dist.broadcast_object_list(decision)
         return decision[0]
 
-    def _networks(self, run: Run) -> tuple[Backbone, dict[str, nn.Module]]:
-        """The run's backbone and its networks, loaded when the lane is new to them."""
-        if self._kept is None or self._kept[0].hash != run.backbone:
+    def _base(self, run: Run) -> tuple[Backbone, HostTensors]:
+        """The run's backbone and its weights, read when the lane is new to them."""
+        from pipelines.start import read_base
+
+        if self._kept is None or self._kept[0] != run.backbone:
+            self._kept = None  # two may not fit in memory side by side
             backbone = self._store.open_backbone(run.backbone)
-            self._kept = backbone, load_networks(run, backbone)
-        return self._kept
+            self._kept = run.backbone, (backbone, HostTensors(self._host, lambda: read_base(run, backbone)))
+        return self._kept[1]
 
     def train(self, number: int, run: Run) -> None:
         """Train a run from its last checkpoint to its last step."""
+        from pipelines.start import start
+
         found = self.agree(lambda: last_checkpoint(self._store, run))
-        step, state = (0, {}) if found is None else (found.step, found.read())
+        step = 0 if found is None else found.step
         if step == run.training.steps:
             return
-        backbone, _ = self._networks(run)
+        backbone, base = self._base(run)
         with tempfile.TemporaryDirectory(dir=self._nvme_path) as disk:
-            engine, average = self._start(run, step, state, disk)
-            state = {}
-            teacher = None
-            if run.training.prior_kind == "teacher":
-                teacher = Teacher(backbone, DTYPES[run.training.precision], engine.device)
+            state = {} if found is None else HostTensors(self._host, found.read)
+            engine, average, teacher = start(run, backbone, base, state, step, disk)
+            del state
             try:
                 self._train(number, run, backbone, engine, average, teacher, step)
             finally:
@@ -117,25 +120,6 @@ class Worker:
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-
-    def _start(self, run: Run, step: int, state: State, disk: str) -> tuple[Any, Average | None]:
-        """An engine with the base weights, or with the state of a checkpoint; and its moving average."""
-        from pipelines.zero import Average, restore, restore_average, start_engine
-
-        backbone, networks = self._networks(run)
-        module = trainable(run, backbone, networks)
-        if state:
-            kept = {name: state[f"param.{name}"] for name, _ in module.named_parameters()}
-            module.load_state_dict(kept, strict=False)
-        engine = start_engine(module, groups(module, run.training, backbone), run.training, run.lane, disk)
-        if isinstance(module, TextualInversion):
-            module.place(engine.device, DTYPES[run.training.precision])
-        average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
-        if state:
-            restore(engine, state, step)
-            if average is not None:
-                restore_average(engine, average, state)
-        return engine, average
 
     def _train(
         self,

@@ -7,13 +7,15 @@ exchange is plain tensors in safetensors files: no pickle, and nothing of how th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -65,27 +67,53 @@ def engine_config(training: Training, lane: Lane, world: int, disk: str | None =
     return merged(config, lane.deepspeed)
 
 
+class Partition:
+    """Partitions parameters over all ranks one after another, in the order in which they come (ZeRO stage 3)."""
+
+    def __init__(self, training: Training, lane: Lane, disk: str | None = None) -> None:
+        """Partition as the engine will expect it that is started with the same arguments."""
+        compile_ops(with_async_io=lane.offload == "nvme")
+        # As the engine's start does it; before that DeepSpeed checks the configuration against a world of one.
+        deepspeed.init_distributed(get_accelerator().communication_backend_name())
+        self._config = engine_config(training, lane, dist.get_world_size(), disk)
+        self._first: Any = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        """Keep this rank's part of the parameter, and let the rest go; a collective."""
+        if self._first is None:
+            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self._config)
+            self._first = parameter
+        else:  # as DeepSpeed partitions what comes later: each Init has buffers of its own for what is on a disk
+            self._first.convert_to_zero_parameters(param_list=[parameter])
+
+
+def local_device() -> torch.device:
+    """The device on which the engine of this rank will train; torch's current one is set when it starts."""
+    return torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+
+
 def start_engine(
     module: nn.Module,
     groups: Sequence[dict[str, Any]],
     training: Training,
     lane: Lane,
+    masters: Callable[[str], Tensor],
     disk: str | None = None,
 ) -> Any:
-    """Wrap `module` (float32, all of it trained) in an engine with an optimizer; float32 masters equal its weights now.
+    """Wrap `module`, all of it trained, in an engine with an optimizer.
 
     `groups` are the optimizer's: the parameters of `module` with their `initial_lr`, by which `set_learning_rate` goes.
+    `masters` gives a parameter's float32 value by its name, which the module may have rounded, or partitioned already.
     `disk` is an empty folder of this rank, for what is offloaded to a disk.
     """
     compile_ops(with_async_io=lane.offload == "nvme")
-    masters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = make_optimizer(groups, training, lane)
     config = engine_config(training, lane, dist.get_world_size(), disk)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if training.precision != "fp32":
-        # DeepSpeed makes the masters from weights that it has rounded already.
+        # DeepSpeed makes the masters from weights that are rounded already.
         for name, parameter in engine.module.named_parameters():
-            safe_set_full_fp32_param(parameter, masters[name].to(engine.device))
+            safe_set_full_fp32_param(parameter, masters(name).to(engine.device))
     return engine
 
 

@@ -28,6 +28,7 @@ from tests.small_models import (  # noqa: E402
     write_deepfloyd_if_super_resolution,
     write_sdxl,
     write_stable_diffusion,
+    write_upscaler,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,12 @@ def small_if(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_if_super_resolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small stage II of DeepFloyd IF."""
     return write_deepfloyd_if_super_resolution(tmp_path_factory.mktemp("backbones") / "if-ii")
+
+
+@pytest.fixture(scope="session")
+def small_upscaler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small upscaler."""
+    return write_upscaler(tmp_path_factory.mktemp("backbones") / "x4")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,9 @@
-"""Folders of full-size models without their weights: the public configurations, which is all that planning reads."""
+"""Folders of full-size models without their weights: the public configurations, which is all that planning reads.
+
+The U-Nets of DeepFloyd IF are as diffusers saved them with models that were fine-tuned from IF-I-XL-v1.0
+(huggingface.co/lucostiguy11/dreambooth_if) and IF-II-L-v1.0 (williamberman/dreambooth_me_upscale), and as its script
+scripts/convert_if.py makes them; the schedulers are that script's. T5 is google/t5-v1_1-xxl.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +57,21 @@ _IF_UNET = {
     "addition_embed_type": "text",
     "addition_embed_type_num_heads": 64,
     "resnet_time_scale_shift": "scale_shift",
+}
+_IF_II_UNET = _IF_UNET | {
+    "sample_size": 256,
+    "in_channels": 6,
+    "down_block_types": ["ResnetDownsampleBlock2D"] * 3 + ["SimpleCrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 2 + ["ResnetUpsampleBlock2D"] * 3,
+    "block_out_channels": [160, 320, 640, 960, 1280],
+    "layers_per_block": [2, 2, 3, 5, 5],
+    "cross_attention_dim": 1280,
+    "class_embed_type": "timestep",
+    "mid_block_scale_factor": 1 / 0.7071,
+    "resnet_out_scale_factor": 1 / 0.7071,
     "resnet_skip_time_act": True,
     "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 1280,
 }
 _AUTOENCODER = {
     "_class_name": "AutoencoderKL",
@@ -70,6 +88,14 @@ _SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
+_IF_NOISE = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
+_IF_SCHEDULER = _IF_NOISE | {
+    "_class_name": "DDPMScheduler",
+    "variance_type": "learned_range",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+}
 _CLIP_L = {"model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _CLIP_L |= {"num_attention_heads": 12, "vocab_size": 49408, "projection_dim": 768}
 _CLIP_G = {"model_type": "clip_text_model", "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
@@ -81,27 +107,41 @@ _ENCODERS = {
     "stable-diffusion": {"text_encoder": ("CLIPTextModel", _CLIP_L)},
     "sdxl": {"text_encoder": ("CLIPTextModel", _CLIP_L), "text_encoder_2": ("CLIPTextModelWithProjection", _CLIP_G)},
     "deepfloyd-if": {"text_encoder": ("T5EncoderModel", _T5_XXL)},
+    "deepfloyd-if-ii": {"text_encoder": ("T5EncoderModel", _T5_XXL)},
 }
 _PIPELINES = {
     "stable-diffusion": ("StableDiffusionPipeline", _STABLE_DIFFUSION_UNET),
     "sdxl": ("StableDiffusionXLPipeline", _SDXL_UNET),
     "deepfloyd-if": ("IFPipeline", _IF_UNET),
+    "deepfloyd-if-ii": ("IFSuperResolutionPipeline", _IF_II_UNET),
+}
+_SCHEDULERS = {
+    "stable-diffusion": {"scheduler": _SCHEDULER},
+    "sdxl": {"scheduler": _SCHEDULER},
+    "deepfloyd-if": {"scheduler": _IF_SCHEDULER},
+    "deepfloyd-if-ii": {
+        "scheduler": _IF_SCHEDULER | {"sample_max_value": 1.0},
+        "image_noising_scheduler": _IF_NOISE | {"_class_name": "DDPMScheduler"},
+    },
 }
 FULL_SIZE = tuple(_PIPELINES)
 """The families whose configuration is here."""
 
 
 def write_full_size(folder: Path, family: str) -> Path:
-    """A folder of Stable Diffusion 1.x, SDXL or IF-I-XL whose weight files are empty; its tokenizer is a small one."""
+    """A folder of Stable Diffusion 1.x, SDXL, IF-I-XL or IF-II-L without weights; its tokenizer is a small one."""
     pipeline, unet = _PIPELINES[family]
-    index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", "DDPMScheduler"]}
-    _write(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    index: dict[str, Any] = {"_class_name": pipeline}
+    for name, config in _SCHEDULERS[family].items():
+        index[name] = ["diffusers", "DDPMScheduler"]
+        _write(folder / name / "scheduler_config.json", config)
     networks = {"unet": ("diffusers", "UNet2DConditionModel", unet)}
-    if family != "deepfloyd-if":
+    cascaded = family.startswith("deepfloyd-if")
+    if not cascaded:
         networks["vae"] = ("diffusers", "AutoencoderKL", _AUTOENCODER)
     for name, (kind, config) in _ENCODERS[family].items():
         networks[name] = ("transformers", kind, config)
-        tokenizer = small_t5_tokenizer() if family == "deepfloyd-if" else make_tokenizer(2000)
+        tokenizer = small_t5_tokenizer() if cascaded else make_tokenizer(2000)
         tokenizer.save_pretrained(folder / name.replace("text_encoder", "tokenizer"))
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", type(tokenizer).__name__]
     for name, (library, kind, config) in networks.items():

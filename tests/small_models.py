@@ -14,6 +14,7 @@ from diffusers import (
     IFPipeline,
     IFSuperResolutionPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -113,9 +114,14 @@ _IF_BLOCKS = {
     "addition_embed_type": "text",
     "addition_embed_type_num_heads": 2,
     "resnet_time_scale_shift": "scale_shift",
+}
+_IF_II_BLOCKS = _IF_BLOCKS | {
+    "class_embed_type": "timestep",
+    "mid_block_scale_factor": 1 / 0.7071,
+    "resnet_out_scale_factor": 1 / 0.7071,
     "resnet_skip_time_act": True,
-    "mid_block_scale_factor": 1.414,
     "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 32,
 }
 _IF_NOISE = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
 _IF_OFF = {"safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False}
@@ -139,9 +145,7 @@ def write_deepfloyd_if_super_resolution(folder: Path) -> Path:
     """A stage II of DeepFloyd IF for 64x64 pixels: the small image beside the noisy one, its noise level as a class."""
     torch.manual_seed(5)
     tokenizer = small_t5_tokenizer()
-    unet = UNet2DConditionModel(
-        **_IF_BLOCKS, sample_size=64, in_channels=6, layers_per_block=(1, 2), class_embed_type="timestep"
-    )
+    unet = UNet2DConditionModel(**_IF_II_BLOCKS, sample_size=64, in_channels=6, layers_per_block=(1, 2))
     IFSuperResolutionPipeline(
         tokenizer=tokenizer,
         text_encoder=_t5(len(tokenizer)),
@@ -153,6 +157,31 @@ def write_deepfloyd_if_super_resolution(folder: Path) -> Path:
     return folder
 
 
+def write_upscaler(folder: Path) -> Path:
+    """An upscaler by 4: its U-Net sees the small image beside latents of the same size, and its noise as a class."""
+    torch.manual_seed(6)
+    tokenizer = make_tokenizer(2000)
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
+    StableDiffusionUpscalePipeline(
+        vae=_autoencoder(scaling_factor=0.08333),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 24)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            **_BLOCKS,
+            in_channels=7,
+            cross_attention_dim=24,
+            attention_head_dim=8,
+            use_linear_projection=True,
+            only_cross_attention=(True, False),
+            num_class_embeds=1000,
+        ),
+        low_res_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        scheduler=DDIMScheduler(**noise, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False),
+        max_noise_level=350,
+    ).save_pretrained(folder)
+    return folder
+
+
 def _t5(vocabulary: int) -> T5EncoderModel:
     sizes = {"d_model": 24, "d_kv": 12, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     return T5EncoderModel(T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **sizes))
@@ -160,7 +189,11 @@ def _t5(vocabulary: int) -> T5EncoderModel:
 
 def _if_scheduler(sample_max_value: float) -> DDPMScheduler:
     return DDPMScheduler(
-        **_IF_NOISE, variance_type="learned_range", thresholding=True, sample_max_value=sample_max_value
+        **_IF_NOISE,
+        variance_type="learned_range",
+        thresholding=True,
+        dynamic_thresholding_ratio=0.95,
+        sample_max_value=sample_max_value,
     )
 
 

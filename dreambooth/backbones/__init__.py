@@ -11,8 +11,10 @@ from dreambooth.backbones.base import Backbone, Conditioning, LowResolution, Tok
 from dreambooth.backbones.deepfloyd_if import DeepFloydIF, DeepFloydIFSuperResolution
 from dreambooth.backbones.sdxl import SDXL
 from dreambooth.backbones.stable_diffusion import StableDiffusion
+from dreambooth.backbones.upscaler import Upscaler
 
 FAMILIES: tuple[type[Backbone], ...] = (StableDiffusion, SDXL, DeepFloydIF, DeepFloydIFSuperResolution)
+"""Those that can be trained."""
 
 __all__ = [
     "FAMILIES",
@@ -24,6 +26,7 @@ __all__ = [
     "LowResolution",
     "StableDiffusion",
     "TokenIds",
+    "Upscaler",
     "open_backbone",
 ]
 
@@ -40,7 +43,7 @@ def open_backbone(source: str | Path) -> Backbone:
         pipeline = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"backbone {str(source)!r} has no readable model_index.json in {folder}: {error}") from error
-    for family in FAMILIES:
+    for family in (*FAMILIES, Upscaler):
         if pipeline in family.pipeline_classes:
             return family(folder, index, str(source))
     known = sorted(name for family in FAMILIES for name in family.pipeline_classes)

@@ -37,9 +37,9 @@ from pipelines.finetune import finetune  # noqa: E402
 from pipelines.options import parse  # noqa: E402
 from pipelines.plan import Plan, make_plan  # noqa: E402
 from pipelines.run import PlannedSubject  # noqa: E402
-from pipelines.steps import groups, load_networks, train_step, trainable  # noqa: E402
+from pipelines.start import read_base, start  # noqa: E402
+from pipelines.steps import train_step  # noqa: E402
 from pipelines.training_set import TrainingSetEncoder, location_of  # noqa: E402
-from pipelines.zero import start_engine  # noqa: E402
 from tests.pipelines.engines import process_group  # noqa: E402
 from tests.prior_sets import undisturbed  # noqa: E402
 
@@ -123,8 +123,7 @@ def steps(rounds: int, count: int) -> None:
         path = location_of(plan.store, run).local
         assert path is not None
         batches = Batches(run, backbone, path)
-        module = trainable(run, backbone, load_networks(run, backbone))
-        engine = start_engine(module, groups(module, run.training, backbone), run.training, run.lane)
+        engine, _, _ = start(run, backbone, read_base(run, backbone), {}, 0, "")
         kinds: dict[str, Callable[[int], Any]] = {
             "ours": lambda step: train_step(engine, run, backbone, batches, step),
             "plain, cached": cached_step(backbone, planned, batches),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from diffusers import SchedulerMixin
 
-from dreambooth.backbones import FAMILIES, Backbone, open_backbone
+from dreambooth.backbones import FAMILIES, Backbone, DeepFloydIFSuperResolution, open_backbone
 from dreambooth.memory import plan_memory
 from dreambooth.presets import MACHINE_PRESETS, MACHINES, PRESETS, MachinePreset, Preset, machine_preset, preset_of
 from dreambooth.sampling import DTYPES, scheduler_class
@@ -16,6 +16,7 @@ PUBLISHED = {  # parameters
     "stable-diffusion": {"unet": 859_520_964, "text_encoder": 123_060_480},
     "sdxl": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
     "deepfloyd-if": {"unet": 4_304_695_110, "text_encoder": 4_762_310_656},
+    "deepfloyd-if-ii": {"unet": 1_243_277_190, "text_encoder": 4_762_310_656},
 }
 BUFFERS = 3 * 2**30
 """Bytes that ZeRO's buckets, kernels' workspaces and the driver may take beside what the plan counts."""
@@ -27,10 +28,11 @@ def full_size(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def fits(backbone: Backbone, machine: str, row: MachinePreset) -> bool:
+    halves = 1 if isinstance(backbone, DeepFloydIFSuperResolution) else 2
     memory = plan_memory(
         backbone,
         trained=(backbone.denoiser,),
-        rows=2 * row.batch // MACHINES[machine].gpus,
+        rows=halves * row.batch // MACHINES[machine].gpus,
         resolution=row.resolution,
         precision=row.precision,
         zero_stage=row.zero_stage,

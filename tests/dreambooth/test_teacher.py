@@ -15,7 +15,7 @@ from dreambooth.teacher import Teacher
 def test_it_predicts_what_the_backbone_predicts_and_learns_nothing(name: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(name)
     backbone = open_backbone(folder)
-    teacher = Teacher(backbone, torch.float32, torch.device("cpu"))
+    teacher = Teacher(backbone, backbone.load(backbone.denoiser))
     denoiser = backbone.load(backbone.denoiser)
     encoders = {encoder: backbone.load(encoder) for encoder in backbone.text_encoders}
     conditioning = backbone.encode_text(encoders, backbone.tokenize(["a mug", "a dog"]))
@@ -27,6 +27,6 @@ def test_it_predicts_what_the_backbone_predicts_and_learns_nothing(name: str, re
     assert said.shape == z_t.shape
     assert not said.requires_grad
     assert torch.equal(said, backbone.predict(denoiser, z_t, t, conditioning))
-    rounded = Teacher(backbone, torch.bfloat16, torch.device("cpu"))(z_t, t, conditioning)
+    rounded = Teacher(backbone, backbone.load(backbone.denoiser, torch.bfloat16))(z_t, t, conditioning)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), said, rtol=0.1, atol=0.1)

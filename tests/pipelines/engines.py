@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ def process_group(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]
             assert not dist.is_initialized()
 
 
+def masters_of(module: nn.Module) -> Callable[[str], Tensor]:
+    """The module's parameters by name, as they are now."""
+    return {name: value.detach().clone() for name, value in module.named_parameters()}.__getitem__
+
+
 class Learner:
     """A small network in an engine, which learns to give back what it gets."""
 
@@ -76,7 +81,7 @@ class Learner:
             module.load_state_dict(parameters)
         rates = {"lr": training.learning_rate, "initial_lr": training.learning_rate}
         groups = [{"params": [*module[0].parameters()], **rates}, {"params": [*module[2].parameters()], **rates}]
-        self.engine = start_engine(module, groups, training, lane, str(disk))
+        self.engine = start_engine(module, groups, training, lane, masters_of(module), str(disk))
         self._training = training
         self.overflows = 0
 

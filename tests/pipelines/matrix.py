@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from dreambooth.store import SubjectStore
 from pipelines.batches import Batches, joined
 from pipelines.console import quiet_libraries
+from pipelines.host_tensors import Host, HostTensors
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.run import PlannedSubject, Run
-from pipelines.steps import groups, load_networks, train_step, trainable
+from pipelines.start import read_base, start
+from pipelines.steps import train_step
 from pipelines.training_set import TrainingSetEncoder, location_of
-from pipelines.zero import full_state, start_engine
+from pipelines.zero import full_state
 from tests.pipelines.engines import process_group
 from tests.prior_sets import undisturbed
 
@@ -72,8 +74,7 @@ def train(run: Run, store: Path, folder: Path) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     subjects = SubjectStore(store)
     backbone = subjects.open_backbone(run.backbone)
-    module = trainable(run, backbone, load_networks(run, backbone))
-    engine = start_engine(module, groups(module, run.training, backbone), run.training, run.lane)
+    engine, _, _ = start(run, backbone, HostTensors(Host(), lambda: read_base(run, backbone)), {}, 0, "")
     path = location_of(subjects, run).local
     assert path is not None
     batches = Batches(run, backbone, path)

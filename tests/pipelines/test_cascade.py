@@ -210,9 +210,10 @@ def load_trained(backbone: Path, version: Path, components: list[str]) -> Any:
 
 @pytest.mark.slow
 def test_a_cascade_becomes_one_version_that_diffusers_chained_pipelines_load(
-    photos: Path, small_if: Path, small_if_super_resolution: Path, tmp_path: Path
+    photos: Path, small_if: Path, small_if_super_resolution: Path, small_upscaler: Path, tmp_path: Path
 ) -> None:
-    done = personalize(*cascade(photos, small_if, small_if_super_resolution, tmp_path), "--learning-rate", "1e-4")
+    arguments = cascade(photos, small_if, small_if_super_resolution, tmp_path)
+    done = personalize(*arguments, "--learning-rate", "1e-4", "--upscaler", str(small_upscaler))
     assert done.returncode == 0, done.stdout + done.stderr
     [version] = SubjectStore(tmp_path).versions("mug")
     folder, second = version.location.local, version.manifest["super_resolution"]
@@ -227,6 +228,7 @@ def test_a_cascade_becomes_one_version_that_diffusers_chained_pipelines_load(
     base = diffusers.UNet2DConditionModel.from_pretrained(small_if_super_resolution, subfolder="unet")
     for before, after in zip(base.parameters(), pipelines[1].unet.parameters(), strict=True):
         assert not torch.equal(before, after)
+    upscaler = diffusers.StableDiffusionUpscalePipeline.from_pretrained(small_upscaler)
     run = version.manifest["run"]
     torch.set_num_threads(1)
     for number in (0, 3):
@@ -241,4 +243,15 @@ def test_a_cascade_becomes_one_version_that_diffusers_chained_pipelines_load(
             ).images
             image = {"image": drawn, "noise_level": LEVEL}
         assert drawn[0].size == (64, 64)
-        assert np.array_equal(np.asarray(drawn[0]), published_sample(version, number))
+        settings = run["upscaling"]["samples"]
+        enlarged = upscaler(
+            prompt=record["prompt"].replace(version.manifest["phrase"], "mug"),
+            image=drawn,
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance"],
+            noise_level=100,
+            generator=torch.Generator().manual_seed(record["seed"]),
+        ).images
+        assert enlarged[0].size == (256, 256)
+        assert np.array_equal(np.asarray(enlarged[0]), published_sample(version, number))
+    assert version.manifest["upscaler"]["backbone"]["hash"] == run["upscaling"]["backbone"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.zero import full_state, start_engine
-from tests.pipelines.engines import lane, parameters_of, process_group, training
+from tests.pipelines.engines import lane, masters_of, parameters_of, process_group, training
 
 STEPS, RATE = 800, 5e-6
 
@@ -44,7 +44,7 @@ def trained_by_engine(precision: str, zero_stage: int) -> dict[str, Tensor]:
     module = network()
     settings = training(precision=precision, learning_rate=RATE, steps=STEPS, weight_decay=0.0)
     groups = [{"params": list(module.parameters()), "lr": RATE, "initial_lr": RATE}]
-    engine = start_engine(module, groups, settings, lane(zero_stage=zero_stage))
+    engine = start_engine(module, groups, settings, lane(zero_stage=zero_stage), masters_of(module))
     for x in photos():
         engine.backward(loss_of(engine(x.to(next(module.parameters()).dtype)), x))
         engine.step()

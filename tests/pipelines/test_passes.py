@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreambooth.sampling import DTYPES
 from dreambooth.store import SubjectStore
 from dreambooth.teacher import Teacher
 from pipelines.batches import Batches
@@ -61,7 +60,7 @@ def plain_loop(prepared: tuple[SubjectStore, Run]) -> tuple[State, State]:
     before = {f"param.{name}": value.detach().clone() for name, value in module.named_parameters()}
     parameters = groups(module, run.training, backbone)
     optimizer = torch.optim.AdamW(parameters, weight_decay=run.training.weight_decay)
-    teacher = Teacher(backbone, DTYPES[run.training.precision], Engine.device)
+    teacher = Teacher(backbone, backbone.load("unet"))
     path = location_of(store, run).local
     assert path is not None
     batches = Batches(run, backbone, path)

@@ -325,7 +325,7 @@ def test_both_terms_equal_a_plain_recomputation_in_float64(prepare: Prepare, mor
     store, planned = prepare(*ALL, *more)
     run = planned.run
     backbone, batches = store.open_backbone(run.backbone), open_batches(store, run)
-    teacher = Teacher(backbone, torch.float32, torch.device("cpu"))
+    teacher = Teacher(backbone, backbone.load("unet"))
     for step in (0, 1, 5):
         engine = start(backbone, run, moved=True)
         with torch.no_grad():
@@ -343,7 +343,7 @@ def test_before_training_the_prior_term_against_the_teacher_is_zero(prepare: Pre
     store, planned = prepare("--prior-kind", "teacher", *more)
     run = planned.run
     backbone = store.open_backbone(run.backbone)
-    teacher = Teacher(backbone, torch.float32, torch.device("cpu"))
+    teacher = Teacher(backbone, backbone.load("unet"))
     engine = start(backbone, run, moved=False)
     loss = step_loss(engine, run, backbone, open_batches(store, run).rows(0, range(2)), teacher)
     assert loss.prior is not None
