@@ -16,6 +16,8 @@ from dreambooth.backbones.upscaler import Upscaler
 FAMILIES: tuple[type[Backbone], ...] = (StableDiffusion, SDXL, DeepFloydIF, DeepFloydIFSuperResolution)
 """Those that can be trained."""
 
+_ALL: tuple[type[Backbone], ...] = (*FAMILIES, Upscaler)
+
 __all__ = [
     "FAMILIES",
     "SDXL",
@@ -43,7 +45,7 @@ def open_backbone(source: str | Path) -> Backbone:
         pipeline = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"backbone {str(source)!r} has no readable model_index.json in {folder}: {error}") from error
-    for family in (*FAMILIES, Upscaler):
+    for family in _ALL:
         if pipeline in family.pipeline_classes:
             return family(folder, index, str(source))
     known = sorted(name for family in FAMILIES for name in family.pipeline_classes)

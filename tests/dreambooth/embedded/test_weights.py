@@ -1,4 +1,4 @@
-"""What ships beside the package: its limits, its papers, and whether it does what its model card says, on few pictures."""
+"""What ships beside the package: its limits, its papers, and whether it does what its card says, on few pictures."""
 
 from __future__ import annotations
 
