@@ -51,7 +51,7 @@ def main(options: Options) -> int:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     clock = Clock(time.monotonic() + 60 * options.minutes, torch.device(options.device), options.compile)
-    build = stages.Build(options.out, PRESETS[options.preset], clock, options.workers, options.sprites)
+    build = stages.Build(options.out, PRESETS[options.preset], clock, options.workers, options.sprites, options.preset)
     if options.continue_from is not None:
         adopt(options.continue_from, build.config, build.out)
     chosen: dict[str, Callable[[stages.Build], None]] = stages.STAGES

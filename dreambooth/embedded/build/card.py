@@ -23,7 +23,7 @@ _ROWS = {
 }
 
 
-def model_card(figures: dict[str, float], training: dict[str, int], config: BuildConfig) -> str:
+def model_card(figures: dict[str, float], training: dict[str, int], config: BuildConfig, preset: str) -> str:
     """The card as Markdown: what it is, its data and licences, its training, its figures, its limits."""
     sets = "\n".join(f"- {s.title} ({s.author}), {s.licence}" for s in SETS)
     table = "\n".join(f"| {text} | {figures[name]:.3g} |" for name, text in _ROWS.items() if name in figures)
@@ -50,7 +50,8 @@ See ATTRIBUTION.md.
 
 ## Training
 
-`python -m dreambooth.embedded.build --out DIR`, with one config a stage in `dreambooth/embedded/build/config.py`.
+`python -m dreambooth.embedded.build --out DIR --preset {preset}` makes them from nothing, with one config a stage in
+`dreambooth/embedded/build/config.py`; `--continue-from dreambooth/embedded/weights` trains the U-Net further.
 Optimizer steps of these weights: {steps}. The text encoders are trained contrastively, then frozen; the U-Net predicts
 v under a schedule with zero terminal signal-to-noise. Latents are normalized inside the autoencoder's weights, so
 `scaling_factor` is 1.

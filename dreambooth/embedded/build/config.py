@@ -60,7 +60,7 @@ class UnetConfig:
     transformer_layers: tuple[int, ...] = (1, 1, 1)
     head_width: int = 32
     caption_drop: float = 0.1
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=60_000, batch=256, lr=5e-4, decay=False, ema=0.9995))
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=40_000, batch=256, lr=1e-3, ema=0.9995, muon=True))
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,12 @@ class JudgeConfig:
     text_width: int = 128
     text_layers: int = 3
     projection: int = 128
-    clip: Recipe = field(default_factory=lambda: Recipe(steps=6_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995))
-    dino: Recipe = field(default_factory=lambda: Recipe(steps=6_000, batch=128, lr=1e-3, weight_decay=0.05, ema=0.995))
+    clip: Recipe = field(
+        default_factory=lambda: Recipe(steps=6_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995, muon=True)
+    )
+    dino: Recipe = field(
+        default_factory=lambda: Recipe(steps=6_000, batch=128, lr=1e-3, weight_decay=0.05, ema=0.995, muon=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class BuildConfig:
 
 
 def _few(steps: int, batch: int = 4) -> Recipe:
-    return Recipe(steps=steps, batch=batch, lr=1e-3, warmup=2, ema=0.9)
+    return Recipe(steps=steps, batch=batch, lr=1e-3, warmup=2, ema=0.9, muon=True)
 
 
 _FULL = BuildConfig()
@@ -126,11 +130,11 @@ PRESETS = {
         pool=replace(_FULL.pool, backbone=48_000, clip=128_000, dino=20_000),
         vae=replace(_FULL.vae, recipe=Recipe(steps=1_700, batch=16, lr=1e-3, warmup=100, ema=0.998)),
         text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_000, batch=128)),
-        unet=replace(_FULL.unet, recipe=Recipe(steps=2_450, batch=64, lr=1e-3, warmup=100, ema=0.998, muon=True)),
+        unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, steps=2_450, batch=64, warmup=100, ema=0.998)),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=5_000, batch=128, muon=True),
-            dino=replace(_FULL.judges.dino, steps=2_000, batch=64, muon=True),
+            clip=replace(_FULL.judges.clip, steps=4_000, batch=128),
+            dino=replace(_FULL.judges.dino, steps=2_000, batch=64),
         ),
     ),
     "tiny": BuildConfig(

@@ -39,6 +39,7 @@ class Build:
     clock: Clock
     workers: int = 2
     given_sprites: Path | None = None
+    preset: str = "full"
 
     @property
     def sprites(self) -> Path:
@@ -199,7 +200,7 @@ def run_evaluate(build: Build) -> None:
     )
     (build.out / "evaluation" / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     training = json.loads((build.weights / "training.json").read_text())
-    (build.weights / "README.md").write_text(card.model_card(figures, training, build.config))
+    (build.weights / "README.md").write_text(card.model_card(figures, training, build.config, build.preset))
 
 
 STAGES: dict[str, Callable[[Build], None]] = {
