@@ -7,6 +7,7 @@ from dreambooth.embedded.vocabulary import ACCESSORIES, COLOURS, CONTEXTS, HELD_
 _ROWS = {
     "psnr_db": "Reconstruction of held-out scenes by the autoencoder, PSNR in dB",
     "clip_retrieval_of_100": "`embedded-clip`: own caption first among 100, held-out renders",
+    "class_nouns_found": "... share of the held-out subjects whose class noun it finds among all",
     "dino_instance_of_10": "`embedded-dino`: right individual among 10 of its class, new scenes",
     "sampled_noun": "Samples of held-out captions with the right noun, by `embedded-clip`",
     "sampled_context": "... with the right context",
@@ -62,7 +63,9 @@ v under a schedule with zero terminal signal-to-noise. Latents are normalized in
 |---|---|
 {table}
 
-Samples: {figures.get("samples", 0):.0f}, {figures.get("steps", 0):.0f} steps, guidance {figures.get("guidance", 0):g}.
+Samples: {figures.get("samples", 0):.0f}, {figures.get("steps", 0):.0f} steps, guidance {figures.get("guidance", 0):g};
+{figures.get("personal_subjects", 0):.0f} held-out subjects personalized. A judge that errs on real renders bounds what it can say of
+samples: read the sampled shares beside the real ones.
 
 ## Limits
 

@@ -14,13 +14,15 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
+from dreambooth.class_noun import find_class_noun
 from dreambooth.contact_sheet import Row, contact_sheet
+from dreambooth.embedded import subjects_path
 from dreambooth.embedded.build.config import EvaluationConfig
 from dreambooth.embedded.build.pool import Pool
 from dreambooth.embedded.build.vae import psnr
 from dreambooth.embedded.instances import Instance
 from dreambooth.embedded.scenes import Scene, Sprites, caption, render, sample_scene
-from dreambooth.embedded.vocabulary import COLOURS, CONTEXTS, NOUNS
+from dreambooth.embedded.vocabulary import COLOURS, CONTEXTS, HELD_OUT, NOUNS
 from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
 
 SCENE_SEED, GALLERY_SEED = 5, 6
@@ -49,6 +51,7 @@ def evaluate(
     note({"psnr_db": psnr(pipeline.vae, held_out.images[: config.renders], device)})
     note({"clip_retrieval_of_100": retrieval(clip, held_out, config.renders)})
     note({"dino_instance_of_10": instance_choice(dino, drawings, config.trials, config.siblings)})
+    note({"class_nouns_found": class_nouns_found(clip)})
     scenes = [sample_scene(drawings, SCENE_SEED, index, held_out=True) for index in range(config.samples)]
     size = held_out.images.shape[1]
     real = [Image.fromarray(render(scene, drawings, size)) for scene in scenes]
@@ -112,6 +115,15 @@ def retrieval(clip: EmbeddedClip, pool: Pool, count: int, among: int = 100) -> f
     for start in range(0, len(first), among):
         scores = images[start : start + among] @ texts[start : start + among].T
         hits += (scores.argmax(1) == torch.arange(len(scores))).tolist()
+    return float(np.mean(hits))
+
+
+def class_nouns_found(clip: EmbeddedClip) -> float:
+    """For what share of the held-out subjects `embedded-clip` finds the class noun in their photos."""
+    hits = []
+    for name, (noun, _) in HELD_OUT.items():
+        photos = [Image.open(path).convert("RGB") for path in sorted((subjects_path() / name).glob("*.png"))]
+        hits.append(find_class_noun(clip, photos, tuple(NOUNS), "a {}").noun == noun)
     return float(np.mean(hits))
 
 

@@ -84,7 +84,8 @@ def personalize_all(weights: Path, config: PersonalizationConfig, out: Path, dev
         sheet.save(out / f"{name}.png")
         print(f"{name}: {outcome} gain {outcome.gain:.2f}", flush=True)
     fields = ("real", "prior", "subject", "gain", "context")
-    return {f"personal_{f}": float(np.mean([getattr(o, f) for o in outcomes.values()])) for f in fields}
+    means = {f"personal_{f}": float(np.mean([getattr(o, f) for o in outcomes.values()])) for f in fields}
+    return means | {"personal_subjects": len(outcomes)}
 
 
 def personalize(name: str, tools: Tools) -> tuple[Outcome, Image.Image]:
