@@ -64,8 +64,8 @@ v under a schedule with zero terminal signal-to-noise. Latents are normalized in
 {table}
 
 Samples: {figures.get("samples", 0):.0f}, {figures.get("steps", 0):.0f} steps, guidance {figures.get("guidance", 0):g};
-{figures.get("personal_subjects", 0):.0f} held-out subjects personalized. A judge that errs on real renders bounds what it can say of
-samples: read the sampled shares beside the real ones.
+{figures.get("personal_subjects", 0):.0f} held-out subjects personalized. A judge that errs on real renders bounds what
+it can say of samples: read the sampled shares beside the real ones.
 
 ## Limits
 
