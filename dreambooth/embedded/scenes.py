@@ -80,15 +80,16 @@ def is_held_out_caption(scene: Scene) -> bool:
     return any(hashlib.sha256(pair.encode()).digest()[0] % 10 == 0 for pair in pairs)
 
 
-def sample_scene(sprites: Sprites, seed: int, index: int, held_out: bool = False) -> Scene:
-    """Scene number `index` of the stream `seed`: for pretraining, or of the caption combinations held out of it."""
+def sample_scene(sprites: Sprites, seed: int, index: int, held_out: bool | None = False) -> Scene:
+    """Scene number `index` of the stream `seed`: for pretraining, of the caption combinations held out of it, or with
+    None of either kind."""
     rng = np.random.default_rng([seed, index])
     words = [word for word in NOUNS if word in sprites.nouns]
     while True:
         noun = words[int(rng.integers(len(words)))]
         drawing = str(rng.choice(sprites.drawings(noun)))
         scene = compose(Instance.sample(noun, drawing, rng), rng)
-        if is_held_out_caption(scene) == held_out:
+        if held_out is None or is_held_out_caption(scene) == held_out:
             return scene
 
 

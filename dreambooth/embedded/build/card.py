@@ -42,8 +42,8 @@ GPU.
 Scenes are composed by `dreambooth.embedded.scenes`: {len(NOUNS)} class nouns, {len(CONTEXTS)} contexts,
 {len(COLOURS)} colours, {len(PROPERTIES)} further properties and {len(ACCESSORIES)} accessories, in the words of
 DreamBench's prompts. {config.pool.backbone} scenes for the backbone, {config.pool.clip} and {config.pool.dino} others
-for the judges. A tenth of the combinations of a noun with a context or a colour, and the drawings of {len(HELD_OUT)}
-held-out subjects, appear in neither. The drawings come from
+for the judges. A tenth of the combinations of a noun with a context or a colour are kept from the backbone, and the
+drawings of {len(HELD_OUT)} held-out subjects from all of them. The drawings come from
 
 {sets}
 

@@ -130,10 +130,10 @@ PRESETS = {
         pool=replace(_FULL.pool, backbone=48_000, clip=128_000, dino=20_000),
         vae=replace(_FULL.vae, recipe=Recipe(steps=1_700, batch=16, lr=1e-3, warmup=100, ema=0.998)),
         text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_000, batch=128)),
-        unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, steps=2_450, batch=64, warmup=100, ema=0.998)),
+        unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, steps=5_700, batch=64, warmup=100, ema=0.998)),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=4_000, batch=128),
+            clip=replace(_FULL.judges.clip, steps=9_000, batch=128),
             dino=replace(_FULL.judges.dino, steps=2_000, batch=64),
         ),
     ),

@@ -41,6 +41,11 @@ def held_out_captions(sprites: Sprites, seed: int, index: int) -> Scene:
     return sample_scene(sprites, seed, index, held_out=True)
 
 
+def for_judging(sprites: Sprites, seed: int, index: int) -> Scene:
+    """Scenes of all kinds and combinations: a judge that had never seen one would not believe in it."""
+    return sample_scene(sprites, seed, index, held_out=None)
+
+
 def pairs(sprites: Sprites, seed: int, index: int) -> Scene:
     """Scenes 2k and 2k + 1 show one individual, in its own colours and shape, in two places."""
     who = np.random.default_rng([seed, index // 2, 0])

@@ -64,7 +64,7 @@ class Build:
     @cached_property
     def clip_pool(self) -> pool.Pool:
         """The scenes that `embedded-clip` learns from."""
-        return self._pool("judge-clip", pool.for_pretraining, CLIP_SEED, self.config.pool.clip)
+        return self._pool("judge-clip", pool.for_judging, CLIP_SEED, self.config.pool.clip)
 
     @cached_property
     def dino_pool(self) -> pool.Pool:

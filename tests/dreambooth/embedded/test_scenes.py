@@ -92,6 +92,11 @@ def test_held_out_captions_are_never_sampled_for_pretraining(sprites):
         assert is_held_out_caption(sample_scene(sprites, 3, index, held_out=True))
 
 
+def test_a_judge_s_scenes_show_held_out_captions_beside_the_others(sprites):
+    seen = {is_held_out_caption(sample_scene(sprites, 3, index, held_out=None)) for index in range(100)}
+    assert seen == {True, False}
+
+
 def test_held_out_drawings_and_their_twins_are_never_sampled(sprites):
     assert is_held_out("dog", "fluent3d.dog-face")
     assert is_held_out("dog", "fluent.dog-face")
