@@ -60,6 +60,8 @@ class Footprint:
     with_average: bool
     with_summed_gradients: bool
     """Whether gradients are summed up over several backward passes, which is done in float32."""
+    compiled: bool
+    """Whether compiled code makes all gradients at once, so that none is shared out or moved off before others come."""
 
     def shared(self, zero_stage: int, workers: int, offload: str) -> MemoryPlan:
         """What of it lies on each device.
@@ -78,6 +80,8 @@ class Footprint:
         if offload != "none":
             offloaded = states + gradients + (weights if zero_stage == 3 else 0)
             weights, gradients, states = (0 if zero_stage == 3 else weights), 0, 0
+        if self.compiled:
+            gradients = max(gradients, self.weights)
         return MemoryPlan(self.parameters, self.frozen, weights, gradients, states, self.activations, offloaded)
 
 
@@ -93,6 +97,7 @@ def footprint(
     optimizer: str = "adamw",
     ema: bool = False,
     teacher: bool = False,
+    compiled: bool = False,
 ) -> Footprint:
     """Measure what it takes to train the components `trained` with `rows` images in one forward pass of a worker.
 
@@ -121,6 +126,7 @@ def footprint(
         activations=activation_bytes(backbone, networks, rows, resolution, dtype),
         with_average=ema,
         with_summed_gradients=gradient_accumulation > 1,
+        compiled=compiled,
     )
 
 
@@ -172,9 +178,19 @@ def activation_bytes(
         kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor keeps its storage's address from being reused
         return tensor
 
+    with _fused_attention(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone.predict(networks[backbone.denoiser], *empty_inputs(backbone, networks, rows, resolution, dtype))
+    weights = {p.untyped_storage()._cdata for network in networks.values() for p in network.parameters()}
+    return sum(size for address, (size, _) in kept.items() if address not in weights)
+
+
+def empty_inputs(
+    backbone: Backbone, networks: dict[str, nn.Module], rows: int, resolution: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """z_t (rows, C, h, w), t (rows,) and conditioning without storage; gradients flow into encoders of `networks`."""
     encoders = {name: networks.get(name) or backbone.empty(name) for name in backbone.text_encoders}
     ids = {name: value.to("meta") for name, value in backbone.tokenize([""] * rows).items()}
-    with _fused_attention(), saved_tensors_hooks(keep, lambda tensor: tensor), torch.device("meta"):
+    with torch.device("meta"):
         with torch.set_grad_enabled(any(name in networks for name in backbone.text_encoders)):
             conditioning: Conditioning = backbone.encode_text(encoders, ids)
         size = (resolution, resolution)
@@ -182,10 +198,7 @@ def activation_bytes(
             conditioning[name] = value.to("meta").expand(rows, *value.shape)
         latents = torch.empty(rows, *backbone.latent_shape(resolution), dtype=dtype)
         conditioning |= backbone.image_conditioning(latents, latents, LowResolution(resolution, 0))
-        conditioning = in_precision(conditioning, dtype)
-        backbone.predict(networks[backbone.denoiser], latents, torch.empty(rows, dtype=torch.long), conditioning)
-    weights = {p.untyped_storage()._cdata for network in networks.values() for p in network.parameters()}
-    return sum(size for address, (size, _) in kept.items() if address not in weights)
+        return latents, torch.empty(rows, dtype=torch.long), in_precision(conditioning, dtype)
 
 
 class _FusedAttention(torch.autograd.Function):

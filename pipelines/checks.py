@@ -50,6 +50,8 @@ def check_options(options: Options) -> None:
         _check_teacher(options)
     if options.training.buckets and options.model.super_resolution is not None:
         raise ValueError("--buckets keeps photos from being square, which --super-resolution enlarges: leave one out")
+    if options.training.buckets and options.training.compile:
+        raise ValueError("--buckets shows photos in many shapes, and --compile makes code for one: leave one out")
     if (values["gpus_per_worker"] or 0) > 1:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 

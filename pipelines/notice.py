@@ -32,13 +32,15 @@ class Preempted(Exception):
 
 
 def listen() -> None:
-    """Take SIGTERM for a notice from now on. Only a process's main thread may do this."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    """Take the next SIGTERM for a notice; one after that ends the process. Only a process's main thread may do this."""
+    before = signal.getsignal(signal.SIGTERM)
 
+    def note(*_: Any) -> None:
+        global _terminated
+        _terminated = True
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
-def _on_sigterm(*_: Any) -> None:
-    global _terminated
-    _terminated = True
+    signal.signal(signal.SIGTERM, note)
 
 
 class _ListeningBackend(_TorchBackend):

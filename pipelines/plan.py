@@ -169,6 +169,7 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         views=view_count(chosen.flip, chosen.random_crop),
         frames=_frames(backbone, resolution) if chosen.buckets else (),
         prior_kind=options.prior.prior_kind,
+        compile=chosen.compile,
     )
 
 

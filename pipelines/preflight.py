@@ -131,6 +131,7 @@ def _footprint(backbone: Backbone, training: Training, lane: Lane) -> Footprint:
         optimizer=training.optimizer,
         ema=training.ema_decay > 0,
         teacher=training.prior_kind == "teacher",
+        compiled=training.compile,
     )
 
 
