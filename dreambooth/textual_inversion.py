@@ -115,20 +115,20 @@ class TextualInversion(nn.Module):
         super().__init__()
         self.embeds = embeds
         self._backbone = backbone
-        self.frozen = {name: network.requires_grad_(False) for name, network in frozen.items()}
+        self._frozen = {name: network.requires_grad_(False) for name, network in frozen.items()}
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Bring the frozen networks to where the engine is."""
-        for network in self.frozen.values():
+        for network in self._frozen.values():
             network.to(device, dtype)
 
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, ids: TokenIds) -> Tensor:
         """The frozen denoiser's prediction for prompts of token ids (B, length)."""
-        encoders = {name: self.frozen[name] for name in self._backbone.text_encoders}
+        encoders = {name: self._frozen[name] for name in self._backbone.text_encoders}
         with self.embeds.looked_up(self.embeds(), encoders):
             conditioning = conditioning | self._backbone.encode_text(encoders, ids)
         conditioning = in_precision(conditioning, z_t.dtype)
-        return self._backbone.predict(self.frozen[self._backbone.denoiser], z_t, t, conditioning)
+        return self._backbone.predict(self._frozen[self._backbone.denoiser], z_t, t, conditioning)
 
 
 def _token_ids(backbone: Backbone, text: str) -> dict[str, list[int]]:

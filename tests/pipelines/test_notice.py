@@ -6,20 +6,24 @@ import json
 import os
 import pickle
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 
 from dreambooth.store import SubjectStore
 from pipelines.checkpoints import checkpoints, final_checkpoint
 from pipelines.lane_queue import TRIES, LaneQueue
-from pipelines.notice import Preempted, listen, ray_drains
+from pipelines.notice import ListeningTorchConfig, Lookout, Notice, Preempted, listen, ray_drains
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.run import Run
@@ -95,6 +99,30 @@ def test_a_notice_is_heeded_by_all_ranks_together_and_leaves_no_trace(
     expected, weights = (final_checkpoint(store, run).read() for run in (alone, disturbed))  # type: ignore[union-attr]
     assert expected.keys() == weights.keys()
     assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
+
+
+def hear_sigterm(config: dict[str, Any]) -> None:
+    """A training loop that is sent SIGTERM."""
+    lookout = Lookout(drained=ray_drains)
+    seen = [lookout.look()]
+    os.kill(os.getpid(), signal.SIGTERM)
+    until = time.monotonic() + 100
+    while seen[-1] is Notice.NONE and time.monotonic() < until:
+        time.sleep(0.1)
+        seen.append(lookout.look())
+    Path(config["seen"]).write_text(seen[-1].name)
+
+
+def test_workers_of_ray_train_take_sigterm_for_a_notice(local_ray: None, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    TorchTrainer(
+        hear_sigterm,
+        train_loop_config={"seen": str(seen)},
+        torch_config=ListeningTorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(name="train", storage_path=str(tmp_path / "notes")),
+    ).fit()
+    assert seen.read_text() == "TERMINATED"
 
 
 def test_what_ray_train_tells_of_drained_nodes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
