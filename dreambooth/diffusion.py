@@ -8,7 +8,7 @@ the squared error is taken in the network's own prediction space, which is Eq. 1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     prediction: Prediction
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Reject a prediction type that has no target."""
@@ -40,9 +41,15 @@ class NoiseSchedule:
         """T, the number of diffusion times."""
         return len(self.alphas_cumprod)
 
+    def _alphas_cumprod_on(self, device: torch.device) -> Tensor:
+        """A copy on the device, made once: to make one, the host waits for all that the device has to do."""
+        if device not in self._copies:
+            self._copies[device] = self.alphas_cumprod.to(device)
+        return self._copies[device]
+
     def alpha_sigma(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of the times `t` (B,), shaped (B, 1, ...) to multiply a tensor of `ndim` dimensions."""
-        alpha_squared = self.alphas_cumprod.to(t.device)[t].view(-1, *[1] * (ndim - 1))
+        alpha_squared = self._alphas_cumprod_on(t.device)[t].view(-1, *[1] * (ndim - 1))
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
     def add_noise(self, x: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ class NoiseSchedule:
         """
         if min_snr_gamma is None:
             return torch.ones(len(t), device=t.device)
-        alpha_squared = self.alphas_cumprod.to(t.device)[t].float()
+        alpha_squared = self._alphas_cumprod_on(t.device)[t].float()
         snr = alpha_squared / (1 - alpha_squared)
         # alpha_t = 0 (zero terminal SNR) leaves no x to predict: min(snr, gamma) / snr has the limit 1 there.
         ratio = torch.where(snr > 0, snr.clamp(max=min_snr_gamma) / snr, torch.ones_like(snr))

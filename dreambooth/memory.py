@@ -24,6 +24,9 @@ from dreambooth.sampling import DTYPES
 _SMALLEST_IN_8_BIT, _BLOCK_IN_8_BIT = 4096, 256
 """bitsandbytes keeps smaller tensors in 32 bits, and one float32 scale for each block of values."""
 
+GPU_RESERVE = 3 * 2**30
+"""Bytes of a GPU that ZeRO's buckets, kernels' workspaces and the driver may take beside what is counted here."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -45,28 +48,61 @@ class MemoryPlan:
         return self.frozen + self.weights + self.gradients + self.optimizer_states + self.activations
 
 
-def plan_memory(
+@dataclass(frozen=True)
+class Footprint:
+    """What training holds, before it is known how it is shared out among workers: counts, and bytes."""
+
+    parameters: int
+    frozen: int
+    weights: int
+    moments: int
+    activations: int
+    with_average: bool
+    with_summed_gradients: bool
+    """Whether gradients are summed up over several backward passes, which is done in float32."""
+    compiled: bool
+    """Whether compiled code makes all gradients at once, so that none is shared out or moved off before others come."""
+
+    def shared(self, zero_stage: int, workers: int, offload: str) -> MemoryPlan:
+        """What of it lies on each device.
+
+        ZeRO 1 divides the optimizer states (float32 masters, the optimizer's moments and an average of the weights) by
+        the number of workers, 2 the gradients too, 3 the weights too; offloading moves the states and gradients to the
+        host or its disk, and under 3 the weights.
+        """
+        divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
+        weights = self.weights // divisor[3]
+        gradients = (4 * self.parameters if self.with_summed_gradients else self.weights) // divisor[2]
+        # Plain float32 training needs no second copy of the weights; every ZeRO stage keeps float32 masters.
+        copies = (4 if zero_stage else 0) + (4 if self.with_average else 0)
+        states = (self.parameters * copies + self.moments) // divisor[1]
+        offloaded = 0
+        if offload != "none":
+            offloaded = states + gradients + (weights if zero_stage == 3 else 0)
+            weights, gradients, states = (0 if zero_stage == 3 else weights), 0, 0
+        if self.compiled:
+            gradients = max(gradients, self.weights)
+        return MemoryPlan(self.parameters, self.frozen, weights, gradients, states, self.activations, offloaded)
+
+
+def footprint(
     backbone: Backbone,
     *,
     trained: Sequence[str],
     rows: int,
     resolution: int,
     precision: str,
-    zero_stage: int,
-    workers: int,
-    offload: str,
     gradient_checkpointing: bool,
     gradient_accumulation: int = 1,
     optimizer: str = "adamw",
     ema: bool = False,
     teacher: bool = False,
-) -> MemoryPlan:
-    """Plan the memory of training the components `trained` with `rows` images in one forward pass of a worker.
+    compiled: bool = False,
+) -> Footprint:
+    """Measure what it takes to train the components `trained` with `rows` images in one forward pass of a worker.
 
-    Without any it is that of Textual Inversion: a few embeddings, and gradients through all networks into them.
-    ZeRO 1 divides the optimizer states (float32 masters, the optimizer's moments and, with `ema`, an average) by the
-    number of workers, 2 the gradients too, 3 the weights too; offloading moves the states and gradients to the host
-    or its disk, and under 3 the weights. A `teacher`, a frozen copy of the denoiser, lies whole on every device.
+    Without any it is Textual Inversion: a few embeddings, and gradients through all networks into them. `ema` keeps an
+    average of the weights; a `teacher`, a frozen copy of the denoiser, lies whole on every device.
     """
     dtype = DTYPES[precision]
     names = trained or (backbone.denoiser, *backbone.text_encoders)
@@ -82,20 +118,21 @@ def plan_memory(
     parameters = sum(shape.numel() for shape in shapes)
     if teacher:
         frozen += dtype.itemsize * sum(parameter.numel() for parameter in networks[backbone.denoiser].parameters())
-    divisor = {stage: workers if zero_stage >= stage else 1 for stage in (1, 2, 3)}
-    weights = parameters * dtype.itemsize // divisor[3]
-    # Where they are summed up over several backward passes, that is done in float32.
-    gradients = parameters * (dtype.itemsize if gradient_accumulation == 1 else 4) // divisor[2]
-    # Plain float32 training needs no second copy of the weights; every ZeRO stage keeps float32 masters.
-    masters = 4 if zero_stage else 0
-    moments = sum(moment_bytes(shape, optimizer) for shape in shapes)
-    states = (parameters * (masters + (4 if ema else 0)) + moments) // divisor[1]
-    offloaded = 0
-    if offload != "none":
-        offloaded = states + gradients + (weights if zero_stage == 3 else 0)
-        weights, gradients, states = (0 if zero_stage == 3 else weights), 0, 0
-    activations = activation_bytes(backbone, networks, rows, resolution, dtype)
-    return MemoryPlan(parameters, frozen, weights, gradients, states, activations, offloaded)
+    return Footprint(
+        parameters=parameters,
+        frozen=frozen,
+        weights=parameters * dtype.itemsize,
+        moments=sum(moment_bytes(shape, optimizer) for shape in shapes),
+        activations=activation_bytes(backbone, networks, rows, resolution, dtype),
+        with_average=ema,
+        with_summed_gradients=gradient_accumulation > 1,
+        compiled=compiled,
+    )
+
+
+def plan_memory(backbone: Backbone, *, zero_stage: int, workers: int, offload: str, **settings: Any) -> MemoryPlan:
+    """The memory of each device when `workers` train with the `settings` of `footprint`."""
+    return footprint(backbone, **settings).shared(zero_stage, workers, offload)
 
 
 def _freeze_but_embeddings(backbone: Backbone, networks: dict[str, Any]) -> list[torch.Size]:
@@ -141,9 +178,19 @@ def activation_bytes(
         kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor keeps its storage's address from being reused
         return tensor
 
+    with _fused_attention(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone.predict(networks[backbone.denoiser], *empty_inputs(backbone, networks, rows, resolution, dtype))
+    weights = {p.untyped_storage()._cdata for network in networks.values() for p in network.parameters()}
+    return sum(size for address, (size, _) in kept.items() if address not in weights)
+
+
+def empty_inputs(
+    backbone: Backbone, networks: dict[str, nn.Module], rows: int, resolution: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """z_t (rows, C, h, w), t (rows,) and conditioning without storage; gradients flow into encoders of `networks`."""
     encoders = {name: networks.get(name) or backbone.empty(name) for name in backbone.text_encoders}
     ids = {name: value.to("meta") for name, value in backbone.tokenize([""] * rows).items()}
-    with _fused_attention(), saved_tensors_hooks(keep, lambda tensor: tensor), torch.device("meta"):
+    with torch.device("meta"):
         with torch.set_grad_enabled(any(name in networks for name in backbone.text_encoders)):
             conditioning: Conditioning = backbone.encode_text(encoders, ids)
         size = (resolution, resolution)
@@ -151,10 +198,7 @@ def activation_bytes(
             conditioning[name] = value.to("meta").expand(rows, *value.shape)
         latents = torch.empty(rows, *backbone.latent_shape(resolution), dtype=dtype)
         conditioning |= backbone.image_conditioning(latents, latents, LowResolution(resolution, 0))
-        conditioning = in_precision(conditioning, dtype)
-        backbone.predict(networks[backbone.denoiser], latents, torch.empty(rows, dtype=torch.long), conditioning)
-    weights = {p.untyped_storage()._cdata for network in networks.values() for p in network.parameters()}
-    return sum(size for address, (size, _) in kept.items() if address not in weights)
+        return latents, torch.empty(rows, dtype=torch.long), in_precision(conditioning, dtype)
 
 
 class _FusedAttention(torch.autograd.Function):

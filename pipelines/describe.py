@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 from dreambooth.memory import MemoryPlan
 from dreambooth.views import centre_view
-from pipelines.lane import GIB
 from pipelines.plan import Plan, disk_bytes
+from pipelines.preflight import in_words
 from pipelines.run import PlannedSubject
 
 
@@ -35,8 +35,9 @@ def describe(plan: Plan) -> Iterator[str]:
         yield f"  {prompt!r}: {wanted} wanted, {present} already there, {wanted - present} to make"
     for memory in plan.memory:
         yield from _describe_memory(plan, memory)
+    yield from plan.preflight.describe()
     free = plan.store.free_bytes()
-    yield f"Disk: about {_size(disk_bytes(plan))} of {_size(free) if free is not None else 'an object store'}"
+    yield f"Disk: about {in_words(disk_bytes(plan))} of {in_words(free) if free is not None else 'an object store'}"
 
 
 def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
@@ -64,16 +65,7 @@ def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
 def _describe_memory(plan: Plan, memory: MemoryPlan) -> Iterator[str]:
     yield f"Memory per device (ZeRO stage {plan.lane.zero_stage}, {memory.parameters / 1e6:,.1f} M parameters trained)"
     for name in ("frozen", "weights", "gradients", "optimizer_states", "activations", "total"):
-        yield f"  {name.replace('_', ' '):18} {_size(getattr(memory, name)):>12}"
+        yield f"  {name.replace('_', ' '):18} {in_words(getattr(memory, name)):>12}"
     if memory.offloaded:
         place = "offloaded to disk" if plan.lane.offload == "nvme" else "offloaded to host"
-        yield f"  {place:18} {_size(memory.offloaded):>12}"
-    if plan.device_bytes is None:
-        yield "  this machine sees no GPU: give --device-memory GIB to learn whether it fits"
-    else:
-        verdict = "fits" if memory.total <= plan.device_bytes else "DOES NOT FIT"
-        yield f"  {verdict} in {_size(plan.device_bytes)}"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+        yield f"  {place:18} {in_words(memory.offloaded):>12}"

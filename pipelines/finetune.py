@@ -18,13 +18,14 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from tensorboardX import SummaryWriter
 
 from dreambooth.store import SubjectStore
 from pipelines.checkpoints import final_checkpoint, last_checkpoint
 from pipelines.console import Display, Stage
 from pipelines.lane_queue import TRIES, LaneQueue, TrainingLog
+from pipelines.notice import ListeningTorchConfig
 from pipelines.previews import Previews
 from pipelines.run import Lane, Run
 from pipelines.worker import train_lane
@@ -103,7 +104,7 @@ def _run_lane(store: SubjectStore, config: dict[str, Any], min_workers: int | No
     trainer = TorchTrainer(
         train_lane,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if lane.gpus_per_worker else "gloo"),
+        torch_config=ListeningTorchConfig(backend="nccl" if lane.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=lane.workers if min_workers is None else (min_workers, lane.workers),
             use_gpu=lane.gpus_per_worker > 0,

@@ -76,6 +76,11 @@ def check_engine(backbone: Backbone, training: Training, lane: Lane) -> None:
     if lane.offload == "nvme":
         _check_nvme(training, lane)
     _check_optimizer(training, lane)
+    if training.compile and lane.zero_stage == 3:
+        raise ValueError(
+            "--compile needs --zero-stage 0, 1 or 2: under 3 DeepSpeed gathers weights between all layers, where "
+            "compiled code would have to be cut apart"
+        )
     if training.precision != "fp32" and lane.zero_stage == 0:
         raise ValueError(
             f"--precision {training.precision} needs --zero-stage 1, 2 or 3, which keep float32 masters of the weights"

@@ -15,6 +15,7 @@ class LaneQueue:
         """Begin with all of `count` runs waiting."""
         self._waiting = deque(range(count))
         self._held: dict[int, int] = {}
+        self._excused: set[int] = set()
         self._tries: Counter[int] = Counter()
         self._errors: dict[int, str] = {}
         self._outcomes: dict[int, str | None] = {}
@@ -22,6 +23,9 @@ class LaneQueue:
     def take(self, lane: int) -> int | None:
         """The run that the lane is to train: after its workers have died, the one that it was at. None at the end."""
         run = self._held.get(lane)
+        if run is not None and lane in self._excused:
+            self._excused.remove(lane)
+            self._tries[run] -= 1
         if run is not None and self._tries[run] >= TRIES:
             why = self._errors.get(lane, "killed; the logs of the Ray workers may say why")
             self.finish(lane, f"its workers failed {TRIES} times, the last time so: {why}")
@@ -36,6 +40,10 @@ class LaneQueue:
     def failing(self, lane: int, error: str) -> None:
         """Note what a worker of the lane fails by, which ends all of them."""
         self._errors[lane] = error
+
+    def excuse(self, lane: int) -> None:
+        """Note that the lane's workers are going to be taken away, which is no failure of the run that it is at."""
+        self._excused.add(lane)
 
     def finish(self, lane: int, failure: str | None = None) -> None:
         """Note that the lane's run is trained, or why it is not."""

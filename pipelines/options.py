@@ -125,6 +125,8 @@ class TrainingOptions:
     """bf16 and fp16 keep float32 masters of the weights. By default bf16 on GPUs, fp32 on CPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time. A --preset may ask for it."""
+    compile: bool = False
+    """Run the trained denoiser through torch.compile: slower to start, faster a step. Not under --zero-stage 3."""
     checkpoint_every: int = 100
     """Steps between checkpoints, from which a killed run goes on."""
     previews: bool = False

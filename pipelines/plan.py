@@ -17,38 +17,21 @@ from dreambooth.backbones import (
     Upscaler,
     open_backbone,
 )
-from dreambooth.memory import MemoryPlan, plan_memory
+from dreambooth.memory import MemoryPlan
 from dreambooth.presets import MachinePreset, machine_preset, preset_of
 from dreambooth.prior_set import PriorSet
 from dreambooth.prompts import class_prompt, default_samples, fill
-from dreambooth.sampling import SamplerSettings, probe_batch, scheduler_class
+from dreambooth.sampling import SamplerSettings, probe_batch
 from dreambooth.store import SubjectStore
 from dreambooth.subject import SubjectSpec
 from dreambooth.views import Size, bucket_frames, view_count
+from pipelines.checks import check_options
 from pipelines.lane import GIB, check_engine, check_nvme_path, device_bytes, gpus_per_worker, make_lane
 from pipelines.options import Options
+from pipelines.preflight import Preflight
 from pipelines.run import Lane, PlannedSubject, Run, Training, subject_phrase
 from pipelines.subjects import identifier_of, photo_prompts, read_subject, subject_specs
 from pipelines.upscaling import open_upscaler, with_upscaling
-
-_POSITIVE = (
-    *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
-    "text_encoder_learning_rate",
-    *(
-        "gradient_accumulation",
-        "min_snr_gamma",
-        "checkpoint_every",
-        "workers",
-        "min_workers",
-        "lanes",
-        "cpus_per_worker",
-    ),
-    *("device_memory", "sample_steps"),
-)
-_NOT_NEGATIVE = (
-    *("prior_weight", "weight_decay", "max_grad_norm", "gpus_per_worker", "warmup_steps", "offset_noise", "ema_decay"),
-    *("prior_guidance", "sample_guidance", "seed", "noise_level"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,10 +47,8 @@ class Plan:
     """Subjects of a manifest that cannot be personalized, with the reason."""
     order: tuple[str, ...]
     """All subjects by name, as they were given."""
-    memory: tuple[MemoryPlan, ...]
-    """Of each backbone; they are trained one after another."""
     lane: Lane
-    device_bytes: int | None
+    preflight: Preflight
     upscaler: Upscaler | None = None
 
     @property
@@ -79,6 +60,11 @@ class Plan:
     def backbone(self) -> Backbone:
         """The backbone that draws from text."""
         return self.backbones[0]
+
+    @property
+    def memory(self) -> tuple[MemoryPlan, ...]:
+        """Of each backbone; they are trained one after another."""
+        return self.preflight.memory
 
     def missing_priors(self) -> dict[str, tuple[int, int]]:
         """For each class prompt, the prior images wanted and those already in the store."""
@@ -96,7 +82,7 @@ def make_plan(options: Options) -> Plan:
 
     In a manifest, a subject that cannot be read becomes a failure of its own and leaves the others alone.
     """
-    _check_numbers(options)
+    check_options(options)
     backbone = open_backbone(options.model.backbone)
     if isinstance(backbone, DeepFloydIFSuperResolution | Upscaler):
         option = "--upscaler" if isinstance(backbone, Upscaler) else "--super-resolution"
@@ -113,7 +99,7 @@ def make_plan(options: Options) -> Plan:
     check_nvme_path(options, lane)
     for stage in stages:
         check_engine(*stage, lane)
-    memory = tuple(_memory(*stage, lane) for stage in stages)
+    preflight = Preflight(stages, lane, device_bytes(options, lane))
     store = SubjectStore(options.run.store)
     specs = subject_specs(options)
     prior_sampler = _prior_sampler(options, backbone, training, lane) if training.prior_images else None
@@ -131,61 +117,11 @@ def make_plan(options: Options) -> Plan:
             subjects.append(with_upscaling(_with_super_resolution(planned, options, *stages[1:]), options, upscaler))
     order = tuple(spec.name for spec in specs)
     backbones = tuple(backbone for backbone, _ in stages)
-    device = device_bytes(options, lane)
-    plan = Plan(options, store, backbones, tuple(subjects), failures, order, memory, lane, device, upscaler)
+    plan = Plan(options, store, backbones, tuple(subjects), failures, order, lane, preflight, upscaler)
     _check_disk(plan)
     if not options.run.dry_run:
         store.check_writable()
     return plan
-
-
-def _check_numbers(options: Options) -> None:
-    values = options.as_dict()
-    for name in _POSITIVE:
-        if values[name] is not None and not values[name] > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {values[name]}")
-    for name in _NOT_NEGATIVE:
-        if values[name] is not None and not values[name] >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be below 0, not {values[name]}")
-    if values["ema_decay"] >= 1:
-        raise ValueError(f"--ema-decay must be below 1, not {values['ema_decay']}")
-    if values["text_encoder_learning_rate"] and not options.model.train_text_encoder:
-        raise ValueError("--text-encoder-learning-rate needs --train-text-encoder")
-    if options.prior.prior_batch != "auto" and not options.prior.prior_batch > 0:
-        raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
-    if options.prior.prior_scheduler is not None:
-        scheduler_class(options.prior.prior_scheduler)
-    if options.training.method == "textual-inversion":
-        _check_inversion(options)
-    if options.model.noise_level is not None and options.model.super_resolution is None:
-        raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
-    if options.prior.prior_kind == "teacher":
-        _check_teacher(options)
-    if options.training.buckets and options.model.super_resolution is not None:
-        raise ValueError("--buckets keeps photos from being square, which --super-resolution enlarges: leave one out")
-    if (values["gpus_per_worker"] or 0) > 1:
-        raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
-
-
-def _check_inversion(options: Options) -> None:
-    for given, name in (
-        (options.model.train_text_encoder, "train-text-encoder"),
-        (options.model.super_resolution, "super-resolution"),
-    ):
-        if given:
-            raise ValueError(
-                f"--method textual-inversion trains nothing but the identifier's embeddings: leave out --{name}"
-            )
-
-
-def _check_teacher(options: Options) -> None:
-    for given, name in (
-        (not options.prior.prior_weight, "--prior-weight 0"),
-        (options.model.super_resolution, "--super-resolution"),
-        (options.training.method != "dreambooth", f"--method {options.training.method}"),
-    ):
-        if given:
-            raise ValueError(f"--prior-kind teacher is of a prior term, and {name} trains without: leave one out")
 
 
 def _training(options: Options, backbone: Backbone, low_resolution: LowResolution | None = None) -> Training:
@@ -233,6 +169,7 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         views=view_count(chosen.flip, chosen.random_crop),
         frames=_frames(backbone, resolution) if chosen.buckets else (),
         prior_kind=options.prior.prior_kind,
+        compile=chosen.compile,
     )
 
 
@@ -287,30 +224,6 @@ def _drawing(options: Options, backbone: Backbone) -> dict[str, Any]:
         "steps": chosen.sample_steps or preset.sampler_steps,
         "guidance": _or(chosen.sample_guidance, preset.guidance),
     }
-
-
-def _memory(backbone: Backbone, training: Training, lane: Lane) -> MemoryPlan:
-    micro_batch, remainder = divmod(training.batch, lane.workers * training.gradient_accumulation)
-    if remainder or not micro_batch:
-        raise ValueError(
-            f"--batch {training.batch} does not divide among --workers {lane.workers} x --gradient-accumulation "
-            f"{training.gradient_accumulation}: use a multiple of {lane.workers * training.gradient_accumulation}"
-        )
-    return plan_memory(
-        backbone,
-        trained=training.trained,
-        rows=micro_batch * (2 if training.prior_weight else 1),
-        resolution=training.resolution,
-        precision=training.precision,
-        zero_stage=lane.zero_stage,
-        workers=lane.workers,
-        offload=lane.offload,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_accumulation=training.gradient_accumulation,
-        optimizer=training.optimizer,
-        ema=training.ema_decay > 0,
-        teacher=training.prior_kind == "teacher",
-    )
 
 
 def _plan_subject(

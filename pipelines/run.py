@@ -55,6 +55,7 @@ class Training:
     """The frames of aspect-ratio buckets; none where all photos are cut square."""
     prior_kind: PriorKind = "images"
     """The target of the prior term: the class-prior images, or the frozen teacher's prediction on them."""
+    compile: bool = False
 
     def frame_of(self, photo: Size) -> Size:
         """The frame in which a photo of this size is shown."""

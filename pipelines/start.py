@@ -73,6 +73,9 @@ def start(
     engine = start_engine(module, groups(module, run.training, backbone), run.training, run.lane, masters, disk)
     if isinstance(module, TextualInversion):
         module.place(engine.device, precision)
+    if run.training.compile:
+        # torch keeps the code by what a network looks like, not by which it is: a lane's next subject finds it.
+        networks[backbone.denoiser].compile(dynamic=False)
     average = Average(engine, run.training.ema_decay) if run.training.ema_decay else None
     if state:
         restore(engine, state, step)

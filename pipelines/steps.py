@@ -17,7 +17,8 @@ from dreambooth.learning_rate import learning_rate_factor
 from dreambooth.memory import in_precision
 from dreambooth.sampling import DTYPES
 from dreambooth.teacher import Teacher
-from pipelines.batches import Batches, Half, joined
+from pipelines.batches import Half, joined
+from pipelines.prefetch import Rows
 from pipelines.run import Run, Training
 
 
@@ -69,33 +70,42 @@ def step_loss(
     return prior_preservation_loss(predictions, targets, weights, prior_weight=training.prior_weight)
 
 
+def micro_batches(run: Run, rank: int, world: int) -> list[tuple[range, float]]:
+    """The global samples of each pass that a rank makes in a step, and how much the pass counts for.
+
+    The batch lies in the micro-batches of the lane as it was planned. Fewer workers take several each; where these do
+    not come out even, some take one for nothing.
+    """
+    count = run.lane.workers * run.training.gradient_accumulation
+    rows, passes = run.training.batch // count, math.ceil(count / world)
+    found = []
+    for number in range(rank, passes * world, world):
+        start = min(number, count - 1) * rows
+        # The engine takes the mean over all passes of all workers, of which `count` are to count.
+        found.append((range(start, start + rows), passes * world / count if number < count else 0.0))
+    return found
+
+
 def train_step(
-    engine: Any, run: Run, backbone: Backbone, batches: Batches, step: int, teacher: Teacher | None = None
+    engine: Any, run: Run, backbone: Backbone, batches: Rows, step: int, teacher: Teacher | None = None
 ) -> Tensor | None:
     """Do update `step`, counted from 0, of this rank: instance term, prior term and gradient norm (3,), or None.
 
-    The batch lies in the micro-batches of the lane as it was planned. Fewer workers take several each; where these do
-    not come out even, some take one for nothing. None says that the gradients overflowed fp16: nothing was updated, and
-    the step is to be done again.
+    None says that the gradients overflowed fp16: nothing was updated, and the step is to be done again.
     """
     from pipelines.zero import gradient_norm, overflowed, set_learning_rate
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    count = run.lane.workers * run.training.gradient_accumulation
-    rows, passes = run.training.batch // count, math.ceil(count / world)
+    passes = micro_batches(run, dist.get_rank(), dist.get_world_size())
     set_learning_rate(engine, rate_factor(run.training, step))
     terms = torch.zeros(2, device=engine.device)
-    for number in range(rank, passes * world, world):
-        start = min(number, count - 1) * rows
-        loss = step_loss(engine, run, backbone, batches.rows(step, range(start, start + rows)), teacher)
-        # The engine takes the mean over all passes of all workers, of which `count` are to count.
-        share = passes * world / count if number < count else 0.0
+    for samples, share in passes:
+        loss = step_loss(engine, run, backbone, batches.rows(step, samples), teacher)
         engine.backward(share * loss.total)
         engine.step()
         terms += share * torch.stack([loss.instance.detach(), _detached(loss.prior, engine.device)])
     if overflowed(engine):
         return None
-    return torch.cat([terms / passes, gradient_norm(engine)[None]])
+    return torch.cat([terms / len(passes), gradient_norm(engine)[None]])
 
 
 def _detached(term: Tensor | None, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,10 @@ from pipelines import training_set
 from pipelines.batches import Batches
 from pipelines.checkpoints import CheckpointWriter, last_checkpoint
 from pipelines.host_tensors import Host, HostTensors
+from pipelines.notice import Lookout, Notice, Preempted, ray_drains
+from pipelines.prefetch import Prefetch
 from pipelines.run import Run
-from pipelines.steps import measures_of, train_step
+from pipelines.steps import measures_of, micro_batches, train_step
 
 if TYPE_CHECKING:
     from pipelines.zero import Average
@@ -56,13 +59,20 @@ def train_lane(config: dict[str, Any]) -> None:
             log.add.remote(number, first, rows)
         ray.train.report({"run": runs[number].key, "step": first + len(rows) - 1, **rows[-1]})
 
-    worker = Worker(SubjectStore(config["store"]), config["checkpoint_every"], report, config["nvme_path"])
+    def excuse() -> None:
+        if rank == 0:
+            ray.get(queue.excuse.remote(lane))
+
+    store, nvme_path = SubjectStore(config["store"]), config["nvme_path"]
+    worker = Worker(store, config["checkpoint_every"], report, nvme_path, drained=ray_drains, excuse=excuse)
     while (number := worker.agree(lambda: ray.get(queue.take.remote(lane)))) is not None:
         failure = None
         try:
             worker.train(number, runs[number])
         except ArithmeticError as error:  # of the run alone, and seen by all ranks alike: the lane goes on
             failure = str(error)
+        except Preempted:
+            raise
         except Exception as error:
             ray.get(queue.failing.remote(lane, f"{type(error).__name__}: {error}"))
             raise
@@ -74,12 +84,24 @@ class Worker:
     """One rank of a process group, with what it keeps from one run to the next."""
 
     def __init__(
-        self, store: SubjectStore, checkpoint_every: int, report: Report, nvme_path: str | None = None
+        self,
+        store: SubjectStore,
+        checkpoint_every: int,
+        report: Report,
+        nvme_path: str | None = None,
+        *,
+        drained: Callable[[], bool] = lambda: False,
+        excuse: Callable[[], None] = lambda: None,
     ) -> None:
-        """Join the group, which is there already."""
+        """Join the group, which is there already.
+
+        `drained` tells whether a node of the group is about to be taken away; `excuse` is called on every rank when the
+        group will end by no fault of the run.
+        """
         self._store, self._every, self._report, self._nvme_path = store, checkpoint_every, report, nvme_path
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._attempt = self.agree(lambda: uuid.uuid4().hex[:12])
+        self._lookout, self._excuse = Lookout(drained), excuse
         self._host = Host()
         self._kept: tuple[str, tuple[Backbone, HostTensors]] | None = None
 
@@ -132,14 +154,11 @@ class Worker:
         step: int,
     ) -> None:
         writer = CheckpointWriter(self._store, run, self._rank, self._world, self._attempt)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "training_set.safetensors"
-            path.write_bytes(training_set.location_of(self._store, run).read_bytes())
-            batches = Batches(run, backbone, path)
-            pending: list[Tensor] = []
-            flushed = time.monotonic()
+        pending: list[Tensor] = []
+        flushed = time.monotonic()
+        with self._rows(run, backbone, engine.device) as rows:
             while step < run.training.steps:
-                measures = train_step(engine, run, backbone, batches, step, teacher)
+                measures = train_step(engine, run, backbone, rows, step, teacher)
                 if measures is None:
                     continue  # the same step again, so that every step updates the weights once
                 pending.append(measures)
@@ -147,14 +166,35 @@ class Worker:
                 if average is not None:
                     average.update(step)
                 final = step == run.training.steps
-                due = step % self._every == 0 or final
+                notice = self._lookout.look()
+                due = step % self._every == 0 or final or notice is not Notice.NONE
                 if due or len(pending) == _FLUSH_EVERY:
-                    rows = measures_of(pending, step, run, time.monotonic() - flushed)
+                    measured = measures_of(pending, step, run, time.monotonic() - flushed)
                     pending, flushed = [], time.monotonic()
-                    self._report(number, step - len(rows) + 1, rows)
+                    self._report(number, step - len(measured) + 1, measured)
                 if due:
                     writer.write(_state(engine, average, final), step)
+                if notice is not Notice.NONE:
+                    self._heed(notice, writer)
         writer.wait()
+
+    @contextmanager
+    def _rows(self, run: Run, backbone: Backbone, device: torch.device) -> Iterator[Prefetch]:
+        """The rows of this rank's steps, from a copy of the run's training set."""
+        samples = [samples for samples, _ in micro_batches(run, self._rank, self._world)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "training_set.safetensors"
+            path.write_bytes(training_set.location_of(self._store, run).read_bytes())
+            with Prefetch(Batches(run, backbone, path), samples, run.training.steps, device) as rows:
+                yield rows
+
+    def _heed(self, notice: Notice, writer: CheckpointWriter) -> None:
+        """Make sure that the checkpoint just begun is whole, before anything takes the group away."""
+        writer.wait()
+        self._lookout.meet()
+        self._excuse()
+        if notice is Notice.TERMINATED:
+            raise Preempted("a worker was sent SIGTERM; the state is safe, and training goes on from it")
 
 
 def _state(engine: Any, average: Average | None, final: bool) -> Iterator[tuple[str, Tensor]]:

@@ -126,7 +126,9 @@ def set_learning_rate(engine: Any, factor: float) -> None:
 def gradient_norm(engine: Any) -> Tensor:
     """Norm of the last update's whole gradient before clipping, a scalar; NaN under stage 0, which does not keep it."""
     norm = engine.get_global_grad_norm()
-    return torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float32, device=engine.device)
+    if isinstance(norm, Tensor):
+        return norm.to(engine.device, torch.float32)
+    return torch.full((), math.nan if norm is None else norm, device=engine.device)  # filled in by the device itself
 
 
 def overflowed(engine: Any) -> bool:

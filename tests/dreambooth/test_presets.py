@@ -7,7 +7,7 @@ import pytest
 from diffusers import SchedulerMixin
 
 from dreambooth.backbones import FAMILIES, Backbone, DeepFloydIFSuperResolution, open_backbone
-from dreambooth.memory import plan_memory
+from dreambooth.memory import GPU_RESERVE, plan_memory
 from dreambooth.presets import MACHINE_PRESETS, MACHINES, PRESETS, MachinePreset, Preset, machine_preset, preset_of
 from dreambooth.sampling import DTYPES, scheduler_class
 from tests.full_size import FULL_SIZE, write_full_size
@@ -18,8 +18,6 @@ PUBLISHED = {  # parameters
     "deepfloyd-if": {"unet": 4_304_695_110, "text_encoder": 4_762_310_656},
     "deepfloyd-if-ii": {"unet": 1_243_277_190, "text_encoder": 4_762_310_656},
 }
-BUFFERS = 3 * 2**30
-"""Bytes that ZeRO's buckets, kernels' workspaces and the driver may take beside what the plan counts."""
 
 
 @pytest.fixture(scope="module", params=FULL_SIZE)
@@ -40,7 +38,7 @@ def fits(backbone: Backbone, machine: str, row: MachinePreset) -> bool:
         offload=row.offload,
         gradient_checkpointing=row.gradient_checkpointing,
     )
-    return memory.total + BUFFERS <= MACHINES[machine].bytes
+    return memory.total + GPU_RESERVE <= MACHINES[machine].bytes
 
 
 def test_every_family_and_the_embedded_backbone_has_a_preset() -> None:

@@ -46,12 +46,12 @@ def lane(**chosen: Any) -> Lane:
 
 
 @contextmanager
-def process_group(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
+def process_group(folder: Path, rank: int = 0, world: int = 1, backend: str = "gloo") -> Iterator[None]:
     """torch's process group as Ray Train makes it, and DeepSpeed's over it."""
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world)):
             environment.setenv(name, str(value))
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=world)
+        dist.init_process_group(backend, init_method=f"file://{folder / 'group'}", rank=rank, world_size=world)
         try:
             yield
         finally:

@@ -149,6 +149,8 @@ BAD_INPUT: dict[str, Bad] = {
     "a disk without a folder": _option(
         "--offload", "nvme", "--zero-stage", "3", says=("--offload nvme", "--nvme-path")
     ),
+    "compiled under stage 3": _option("--compile", "--zero-stage", "3", says=("--compile", "--zero-stage 0, 1 or 2")),
+    "compiled for many shapes": _option("--compile", "--buckets", says=("--compile", "--buckets")),
     "a folder without a disk": _option("--nvme-path", ".", says=("--offload nvme", "--nvme-path")),
     "a folder on a disk that is not there": _option(
         *("--offload", "nvme", "--nvme-path", "/nowhere/disk", "--zero-stage", "3"), says=("--nvme-path /nowhere/disk",)

@@ -26,7 +26,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     text = capsys.readouterr().out
     for part in ("identifier", "token ids", "'a mug': 10 wanted, 0 already there, 10 to make", "ZeRO stage 2"):
         assert part in text
-    for part in ("weights", "gradients", "optimizer states", "activations", "total", "fits in"):
+    for part in ("weights", "gradients", "optimizer states", "activations", "total", "Fits in"):
         assert part in text
     assert not store.exists()
 
@@ -97,7 +97,7 @@ def test_a_machine_preset_gives_defaults_and_options_win(photos: Path, small_sdx
     assert (lane.workers, lane.gpus_per_worker, lane.zero_stage, lane.offload) == (1, 1.0, 2, "cpu")
     assert (training.precision, training.gradient_checkpointing, training.steps) == ("bf16", True, 800)
     assert training.resolution == 32  # the backbone's own
-    assert plan.device_bytes == 24 * 10**9
+    assert plan.preflight.device_bytes == 24 * 10**9
 
     chosen = ("--zero-stage", "3", "--offload", "none", "--precision", "fp16", "--steps", "7", "--batch", "16")
     [other] = plan_of(photos, small_sdxl, tmp_path, "--preset", "8x80GB", *chosen, "--learning-rate", "1e-3").subjects
