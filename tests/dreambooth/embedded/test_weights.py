@@ -56,11 +56,11 @@ def _photos(name: str) -> list[Image.Image]:
     return [Image.open(path) for path in sorted((subjects_path() / name).glob("*.png"))]
 
 
-def test_class_nouns_of_unseen_subjects_are_found_far_above_chance(clip: EmbeddedClip) -> None:
-    """The card says how seldom it is right on drawings it never saw; by chance it would be one in forty."""
+def test_class_nouns_of_most_unseen_subjects_are_found(clip: EmbeddedClip) -> None:
+    """The card says of how many."""
     found = {name: find_class_noun(clip, _photos(name), tuple(NOUNS), "a {}").noun for name in HELD_OUT}
     right = [name for name, (noun, _) in HELD_OUT.items() if found[name] == noun]
-    assert len(right) >= 5, found
+    assert len(right) >= 0.6 * len(HELD_OUT), found
 
 
 def test_individuals_are_told_from_others_of_their_class() -> None:
