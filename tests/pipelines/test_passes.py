@@ -78,10 +78,10 @@ def plain_loop(prepared: tuple[SubjectStore, Run]) -> tuple[State, State]:
 @pytest.mark.parametrize(
     ("zero_stage", "workers", "more"),
     [
-        (3, 2, {}),
+        (3, 1, {}),
+        pytest.param(3, 2, {}, marks=pytest.mark.slow),
         pytest.param(2, 2, {}, marks=pytest.mark.slow),
         pytest.param(2, 1, {}, marks=pytest.mark.slow),
-        pytest.param(3, 1, {}, marks=pytest.mark.slow),
         pytest.param(2, 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(3, 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(3, 1, {"gradient_accumulation": 2}, marks=pytest.mark.slow),
