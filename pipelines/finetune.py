@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tensorboardX import SummaryWriter
 
 from dreambooth.store import SubjectStore
@@ -64,8 +65,10 @@ def finetune(
     with display.stage("fine-tune", total, "steps", done=sum(reached.values())) as stage:
         if not left:
             return {}
-        queue = ray.remote(LaneQueue).options(num_cpus=0).remote(len(left))
-        log = ray.remote(TrainingLog).options(num_cpus=0).remote()
+        # Like Ray Train's own controllers they live with the driver: a worker's node takes only workers with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        queue = ray.remote(LaneQueue).options(num_cpus=0, scheduling_strategy=here).remote(len(left))
+        log = ray.remote(TrainingLog).options(num_cpus=0, scheduling_strategy=here).remote()
         count = min(len(left), lanes or lanes_with_room(left[0].lane))
         config = {
             "runs": left,

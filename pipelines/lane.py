@@ -26,10 +26,10 @@ def make_lane(options: Options, preset: MachinePreset | None) -> Lane:
     workers = MACHINES[chosen.preset].gpus if chosen.preset else 0
     if not workers:
         workers = max(1, torch.cuda.device_count()) if gpus else min(2, psutil.cpu_count() or 1)
-    zero_stage = preset.zero_stage if preset else 2
+    workers = chosen.workers or workers
+    zero_stage = preset.zero_stage if preset else _default_zero_stage(options, workers, gpus)
     if chosen.zero_stage is not None:
         zero_stage = chosen.zero_stage
-    workers = chosen.workers or workers
     if chosen.min_workers is not None and chosen.min_workers > workers:
         raise ValueError(f"--min-workers {chosen.min_workers} is more than --workers {workers}: give fewer, or none")
     return Lane(
@@ -40,6 +40,12 @@ def make_lane(options: Options, preset: MachinePreset | None) -> Lane:
         offload=chosen.offload or (preset.offload if preset else "none"),
         deepspeed={} if chosen.deepspeed is None else read_deepspeed_config(chosen.deepspeed, zero_stage),
     )
+
+
+def _default_zero_stage(options: Options, workers: int, gpus: float) -> int:
+    """2, and 0 where there is nothing to shard, to round or to offload: there it only costs copies of the gradients."""
+    rounds = (options.training.precision or ("bf16" if gpus else "fp32")) != "fp32"
+    return 2 if workers > 1 or rounds or options.cluster.offload in ("cpu", "nvme") else 0
 
 
 def check_nvme_path(options: Options, lane: Lane) -> None:

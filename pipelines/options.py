@@ -151,7 +151,8 @@ class ClusterOptions:
     """GPUs of a worker. By default 1 with a preset or where this machine has a GPU, else 0; set it when only the
     cluster does."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too. By default the preset's, or 2."""
+    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too. By default the preset's, or 2; 0 for
+    one worker in fp32."""
     offload: Literal["none", "cpu", "nvme"] | None = None
     """Keep optimizer states (and under stage 3 the weights) in host memory, or under stage 3 on a local disk. By
     default as the preset says, or not."""

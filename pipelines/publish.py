@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from PIL import Image
+from ray.exceptions import RayActorError
 
 from dreambooth.backbones import Backbone
 from dreambooth.contact_sheet import Row, contact_sheet
@@ -22,6 +23,7 @@ from dreambooth.store import SubjectStore, Version
 from dreambooth.subject import Subject, read_image
 from pipelines.checkpoints import Checkpoint
 from pipelines.console import Display, Stage
+from pipelines.lane_queue import TRIES
 from pipelines.run import PlannedSubject, Run
 from pipelines.trained import TrainedStage
 from pipelines.upscaling import UpscalingStage
@@ -36,21 +38,30 @@ def publish(
     """Draw the sample prompts with the trained weights and publish everything as the run's version.
 
     `checkpoints` has one for each of the run's stages.
+    A process or node that dies is replaced, as often as in training.
     """
     run = planned.run
     device = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}
     with display.stage("sample", len(run.sample_prompts), "images") as stage:
-        sampler = ray.remote(_Publisher).options(**device).remote(store.root.uri, run, checkpoints)
-        return _publish(sampler, planned, stage)
+        tries = 0
+        while True:
+            tries += 1
+            publisher = ray.remote(_Publisher).options(**device).remote(store.root.uri, run, checkpoints)
+            try:
+                return _publish(publisher, planned, stage)
+            except RayActorError as error:
+                if error.actor_init_failed or tries == TRIES:
+                    raise
+                display.say(f"{run.subject}: what drew its samples died, and is begun again: {error}")
+            finally:
+                ray.kill(publisher)
 
 
 def _publish(publisher: Any, planned: PlannedSubject, stage: Stage) -> Version:
     for number, prompt in enumerate(planned.run.sample_prompts):
         ray.get(publisher.draw.remote(number))
-        stage.advance(note=prompt)
-    version = ray.get(publisher.publish.remote(planned.subject))
-    ray.kill(publisher)
-    return version
+        stage.reach(number + 1, note=prompt)
+    return ray.get(publisher.publish.remote(planned.subject))
 
 
 class _Publisher:

@@ -110,6 +110,8 @@ def start_engine(
     optimizer = make_optimizer(groups, training, lane)
     config = engine_config(training, lane, dist.get_world_size(), disk)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if lane.zero_stage == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # copies all gradients to and fro, with nobody to sum them with
     if training.precision != "fp32":
         # DeepSpeed makes the masters from weights that are rounded already.
         for name, parameter in engine.module.named_parameters():

@@ -46,7 +46,8 @@ from dreambooth.store import SubjectStore, Version  # noqa: E402
 from serve.app import GIB, Arguments, app  # noqa: E402
 from serve.skeleton import Skeleton  # noqa: E402
 from serve.tiers import DiskTier, HostTier  # noqa: E402
-from tests.distributed.traffic import Traffic, count_reads, processes, publish_subjects, zipf  # noqa: E402
+from tests.distributed.processes import processes  # noqa: E402
+from tests.distributed.traffic import Traffic, count_reads, publish_subjects, zipf  # noqa: E402
 from tests.serve.published import publish  # noqa: E402
 from tests.small_models import write_sdxl  # noqa: E402
 from tests.untrained import make_pipeline  # noqa: E402

@@ -1,4 +1,4 @@
-"""SIGKILL to training workers at any moment: the lane goes on, and the weights are those of an undisturbed run."""
+"""SIGKILL to workers at any moment: the lane goes on, and the weights are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -20,8 +19,10 @@ from pipelines.finetune import finetune
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
-from pipelines.run import Run
+from pipelines.publish import publish
+from pipelines.run import PlannedSubject, Run
 from pipelines.training_set import encode_training_sets, location_of
+from tests.distributed.processes import processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -32,10 +33,14 @@ STEPS, EVERY = 60, 10
 @pytest.fixture(scope="module")
 def prepared(
     local_ray: None, photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SubjectStore, Run]:
-    """A run of two workers on a small SDXL, whose training set is in the store."""
-    arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(small_sdxl), "--steps", str(STEPS)]
-    arguments += ["--store", str(tmp_path_factory.mktemp("killed")), "--prior-images", "4", "--prior-batch", "4"]
+) -> tuple[SubjectStore, PlannedSubject]:
+    return prepare(photos, small_sdxl, tmp_path_factory.mktemp("killed"))
+
+
+def prepare(photos: Path, backbone: Path, store: Path) -> tuple[SubjectStore, PlannedSubject]:
+    """A run of two workers, whose training set is in the store."""
+    arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(backbone), "--steps", str(STEPS)]
+    arguments += ["--store", str(store), "--prior-images", "4", "--prior-batch", "4"]
     arguments += ["--prior-steps", "2", "--batch", "4", "--learning-rate", "1e-3", "--workers", "2"]
     plan = make_plan(parse(arguments, ""))
     [planned] = plan.subjects
@@ -43,7 +48,7 @@ def prepared(
     plan.store.add_backbone(plan.backbone)
     generate_priors(plan.store, [(planned.run.prior, 4)], planned.run.lane, Display())
     encode_training_sets(plan.store, [planned], planned.run.lane, Display())
-    return plan.store, planned.run
+    return plan.store, planned
 
 
 def variants(store: SubjectStore, base: Run, zero_stage: int, names: list[str]) -> list[Run]:
@@ -55,12 +60,6 @@ def variants(store: SubjectStore, base: Run, zero_stage: int, names: list[str]) 
     return runs
 
 
-def training_workers() -> list[psutil.Process]:
-    """Those of this test's own Ray."""
-    ours = psutil.Process().children(recursive=True)
-    return [process for process in ours if any("RayTrainWorker" in word for word in process.cmdline())]
-
-
 def kill_one_in_each(store: SubjectStore, runs: list[Run], chance: random.Random, killed: list[int]) -> None:
     """During each run kill one of its workers, some time after one of its checkpoints."""
     for run in runs:
@@ -70,16 +69,16 @@ def kill_one_in_each(store: SubjectStore, runs: list[Run], chance: random.Random
                 return
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
-        chance.choice(training_workers()).kill()
+        chance.choice(processes("RayTrainWorker")).kill()
         killed.append(checkpoints(store, run)[-1].step)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_workers_killed_at_any_moment_leave_no_trace_in_the_weights(
-    prepared: tuple[SubjectStore, Run], zero_stage: int
+    prepared: tuple[SubjectStore, PlannedSubject], zero_stage: int
 ) -> None:
-    store, base = prepared
-    undisturbed, *disturbed = variants(store, base, zero_stage, ["undisturbed", *map(str, range(TRIALS))])
+    store, planned = prepared
+    undisturbed, *disturbed = variants(store, planned.run, zero_stage, ["undisturbed", *map(str, range(TRIALS))])
     assert finetune(store, [undisturbed], EVERY, Display()) == {}
     killed: list[int] = []
     chance = random.Random(zero_stage)
@@ -96,3 +95,22 @@ def test_workers_killed_at_any_moment_leave_no_trace_in_the_weights(
         assert checkpoint is not None
         trained = checkpoint.read()
         assert [name for name in weights if not torch.equal(trained[name], weights[name])] == []
+
+
+def test_a_publisher_that_dies_is_replaced(prepared: tuple[SubjectStore, PlannedSubject]) -> None:
+    store, planned = prepared
+    [run] = variants(store, planned.run, 0, ["published"])
+    assert finetune(store, [run], EVERY, Display()) == {}
+    checkpoint = final_checkpoint(store, run)
+    assert checkpoint is not None
+
+    def kill_one() -> None:
+        while not (drawing := processes("_Publisher.draw")):
+            time.sleep(0.01)
+        drawing[0].kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    version = publish(store, replace(planned, run=run), [checkpoint], Display())
+    killer.join()
+    assert (version.id, len(version.manifest["samples"])) == (run.version, len(run.sample_prompts))

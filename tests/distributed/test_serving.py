@@ -10,7 +10,8 @@ import ray
 from ray import serve
 
 from dreambooth.store import SubjectStore
-from tests.distributed.traffic import Subjects, Traffic, count_reads, processes, publish_subjects, serving, zipf
+from tests.distributed.processes import processes
+from tests.distributed.traffic import Subjects, Traffic, count_reads, publish_subjects, serving, zipf
 
 pytestmark = pytest.mark.slow
 

@@ -85,7 +85,6 @@ def test_a_killed_node_fails_no_client_that_asks_again(
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        serve.start(proxy_location="HeadOnly")
         with (
             serving(subjects, replicas=3, ingresses=2, host_memory=subjects.room(6)) as url,
             Traffic(url, subjects.images, zipf(COUNT), clients=4, patient=True) as traffic,

@@ -11,7 +11,8 @@ import ray
 from ray import serve
 
 from dreambooth.store import SubjectStore
-from tests.distributed.traffic import Traffic, draw, processes, publish_subjects, serving, zipf
+from tests.distributed.processes import processes
+from tests.distributed.traffic import Traffic, draw, publish_subjects, serving, zipf
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
@@ -83,7 +82,7 @@ def serving(subjects: Subjects, **arguments: Any) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     deploy(subjects, **arguments)
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -200,18 +199,6 @@ class Traffic:
     def others(self) -> list[Answer]:
         """Answers that are no image."""
         return [answer for answer in self.answers if answer.status != 200]
-
-
-def processes(name: str) -> list[psutil.Process]:
-    """This test's own Ray processes whose title holds `name`."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
 
 
 def count_reads(metrics_url: str) -> dict[str, float]:

@@ -1,0 +1,124 @@
+"""Loss of whole nodes, with all that ran on them: several raylets, each with room for one training worker."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from dreambooth.store import SubjectStore
+from pipelines.checkpoints import checkpoints, final_checkpoint
+from pipelines.console import Display
+from pipelines.finetune import finetune
+from pipelines.run import PlannedSubject, Run
+from tests.distributed.test_finetune import EVERY, STEPS, prepare, variants
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+TRIALS = 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head for the driver, without room for workers; two nodes with room for one each."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(cluster: Cluster) -> Iterator[list[Any]]:
+    """The two nodes; a test may take some away and add others."""
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    yield nodes
+    for node in nodes:
+        cluster.remove_node(node)
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    cluster: Cluster, photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SubjectStore, PlannedSubject]:
+    node = cluster.add_node(num_cpus=2)
+    try:
+        return prepare(photos, small_sdxl, tmp_path_factory.mktemp("lost"))
+    finally:
+        cluster.remove_node(node)
+
+
+def during(store: SubjectStore, run: Run, events: list[tuple[int, Callable[[], None]]]) -> threading.Thread:
+    """Let each event happen when a checkpoint of its step is there."""
+
+    def watch() -> None:
+        for after, happen in events:
+            while not any(found.step >= after for found in checkpoints(store, run)):
+                if final_checkpoint(store, run) is not None:
+                    return
+                time.sleep(0.01)
+            happen()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def weights(store: SubjectStore, run: Run) -> dict[str, torch.Tensor]:
+    final = final_checkpoint(store, run)
+    assert final is not None
+    return final.read()
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_lost_node_that_is_replaced_leaves_no_trace_in_the_weights(
+    cluster: Cluster, nodes: list[Any], prepared: tuple[SubjectStore, PlannedSubject], zero_stage: int
+) -> None:
+    store, planned = prepared
+    undisturbed, *disturbed = variants(store, planned.run, zero_stage, ["undisturbed", *map(str, range(TRIALS))])
+    assert finetune(store, [undisturbed], EVERY, Display()) == {}
+    expected = weights(store, undisturbed)
+    chance = random.Random(zero_stage)
+    for run in disturbed:
+        lost: list[int] = []
+
+        def replace_one(lost: list[int] = lost) -> None:
+            which = chance.randrange(2)
+            cluster.remove_node(nodes.pop(which), allow_graceful=False)
+            nodes.append(cluster.add_node(num_cpus=1))
+            lost.append(which)
+
+        watcher = during(store, run, [(chance.randrange(EVERY, STEPS - EVERY, EVERY), replace_one)])
+        assert finetune(store, [run], EVERY, Display(), lanes=1) == {}
+        watcher.join()
+        assert len(lost) == 1
+        trained = weights(store, run)
+        assert [name for name in expected if not torch.equal(trained[name], expected[name])] == []
+
+
+def test_training_goes_on_with_the_node_that_is_left(
+    cluster: Cluster, nodes: list[Any], prepared: tuple[SubjectStore, PlannedSubject]
+) -> None:
+    store, planned = prepared
+    undisturbed, run = variants(store, planned.run, 2, ["undisturbed", "fewer"])
+    assert finetune(store, [undisturbed], EVERY, Display()) == {}
+    watcher = during(store, run, [(EVERY, lambda: cluster.remove_node(nodes.pop(0), allow_graceful=False))])
+    assert finetune(store, [run], EVERY, Display(), lanes=1, min_workers=1) == {}
+    watcher.join()
+    assert len(nodes) == 1
+    expected, trained = weights(store, undisturbed), weights(store, run)
+    # Adam's steps have size lr whatever the gradient: rounding in near-zero gradients shows up to this size.
+    assert max((trained[name] - expected[name]).abs().max().item() for name in expected) < STEPS * 1e-3
+    assert any(not torch.equal(trained[name], expected[name]) for name in expected)
