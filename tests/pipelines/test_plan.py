@@ -105,3 +105,21 @@ def test_a_machine_preset_gives_defaults_and_options_win(photos: Path, small_sdx
     assert (lane.workers, lane.zero_stage, lane.offload) == (8, 3, "none")
     assert (training.precision, training.steps, training.batch, training.learning_rate) == ("fp16", 7, 16, 1e-3)
     assert not training.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("options", "zero_stage"),
+    [
+        (("--workers", "1"), 0),
+        (("--workers", "2"), 2),
+        (("--workers", "1", "--precision", "bf16"), 2),
+        (("--workers", "1", "--gpus-per-worker", "1"), 2),
+        (("--workers", "1", "--offload", "cpu"), 2),
+        (("--workers", "1", "--zero-stage", "3"), 3),
+    ],
+)
+def test_zero_is_used_where_there_is_something_to_shard_to_round_or_to_offload(
+    photos: Path, small_sdxl: Path, tmp_path: Path, options: tuple[str, ...], zero_stage: int
+) -> None:
+    [planned] = plan_of(photos, small_sdxl, tmp_path, *options).subjects
+    assert planned.run.lane.zero_stage == zero_stage
