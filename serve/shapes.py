@@ -50,8 +50,8 @@ class ImagesRequest(BaseModel):
     partial_images: Annotated[int, Field(ge=0, le=3), _Integer] = Field(
         0, description="Unfinished images to send of each image; only with `stream`."
     )
-    deadline: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
-        None, description="Seconds after which the answer is of no use; at most, and by default, the server's own."
+    deadline: Annotated[FiniteFloat, Field(ge=1)] | None = Field(
+        None, description="Seconds, at least 1, after which the answer is of no use; at most, and by default, the server's own."
     )
 
 

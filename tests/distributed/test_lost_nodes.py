@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,16 @@ def prepared(
         cluster.remove_node(node)
 
 
-def during(store: SubjectStore, run: Run, events: list[tuple[int, Callable[[], None]]]) -> threading.Thread:
-    """Let each event happen when a checkpoint of its step is there."""
-
-    def watch() -> None:
-        for after, happen in events:
-            while not any(found.step >= after for found in checkpoints(store, run)):
-                if final_checkpoint(store, run) is not None:
-                    return
-                time.sleep(0.01)
-            happen()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+def train(store: SubjectStore, run: Run, after: int, happen: Callable[[], None], **options: Any) -> None:
+    """Train the run; let `happen` when a checkpoint of step `after` is there. Here: Ray's processes end with the thread
+    that has started them."""
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(finetune, store, [run], EVERY, Display(), lanes=1, **options)
+        while not any(found.step >= after for found in checkpoints(store, run)):
+            assert not training.done(), training.result()
+            time.sleep(0.01)
+        happen()
+        assert training.result() == {}
 
 
 def weights(store: SubjectStore, run: Run) -> dict[str, torch.Tensor]:
@@ -92,18 +88,12 @@ def test_a_lost_node_that_is_replaced_leaves_no_trace_in_the_weights(
     expected = weights(store, undisturbed)
     chance = random.Random(zero_stage)
     for run in disturbed:
-        lost: list[int] = []
 
-        def replace_one(lost: list[int] = lost) -> None:
-            which = chance.randrange(2)
-            cluster.remove_node(nodes.pop(which), allow_graceful=False)
+        def replace_one() -> None:
+            cluster.remove_node(nodes.pop(chance.randrange(2)), allow_graceful=False)
             nodes.append(cluster.add_node(num_cpus=1))
-            lost.append(which)
 
-        watcher = during(store, run, [(chance.randrange(EVERY, STEPS - EVERY, EVERY), replace_one)])
-        assert finetune(store, [run], EVERY, Display(), lanes=1) == {}
-        watcher.join()
-        assert len(lost) == 1
+        train(store, run, chance.randrange(EVERY, STEPS - EVERY, EVERY), replace_one)
         trained = weights(store, run)
         assert [name for name in expected if not torch.equal(trained[name], expected[name])] == []
 
@@ -114,9 +104,7 @@ def test_training_goes_on_with_the_node_that_is_left(
     store, planned = prepared
     undisturbed, run = variants(store, planned.run, 2, ["undisturbed", "fewer"])
     assert finetune(store, [undisturbed], EVERY, Display()) == {}
-    watcher = during(store, run, [(EVERY, lambda: cluster.remove_node(nodes.pop(0), allow_graceful=False))])
-    assert finetune(store, [run], EVERY, Display(), lanes=1, min_workers=1) == {}
-    watcher.join()
+    train(store, run, EVERY, lambda: cluster.remove_node(nodes.pop(0), allow_graceful=False), min_workers=1)
     assert len(nodes) == 1
     expected, trained = weights(store, undisturbed), weights(store, run)
     # Adam's steps have size lr whatever the gradient: rounding in near-zero gradients shows up to this size.
