@@ -24,7 +24,7 @@ from pipelines.run import PlannedSubject, Run
 from pipelines.training_set import encode_training_sets, location_of
 from tests.distributed.processes import processes
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("local_ray")]
 
 TRIALS = int(os.environ.get("TRIALS", "10"))
 STEPS, EVERY = 60, 10

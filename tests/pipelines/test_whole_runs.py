@@ -10,6 +10,7 @@ import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from PIL import Image
 
+from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
 from tests.pipelines.test_personalize import changed, draw_with_plain_diffusers, personalize, published_sample
 
@@ -49,6 +50,19 @@ def test_an_engine_trains_a_version_that_plain_diffusers_loads(
     assert all(changed(small_sdxl, version, "unet"))
     assert np.array_equal(draw_with_plain_diffusers(small_sdxl, version, 0), published_sample(version, 0))
     assert not any((tmp_path / "disk").iterdir())
+
+
+def test_a_run_from_a_bucket_into_a_bucket_publishes_what_one_on_a_disk_does(
+    bucket: Location, photos: Path, small_sdxl: Path, tmp_path: Path
+) -> None:
+    (bucket / "photos/mug").upload(photos)
+    published = []
+    for images, root in [(str(photos), Location.of(tmp_path)), ((bucket / "photos/mug").uri, bucket / "whole-run")]:
+        done = personalize("--images", images, "--class-noun", "mug", "--backbone", small_sdxl, "--store", root.uri)
+        assert done.returncode == 0, done.stdout + done.stderr
+        [version] = SubjectStore(root).versions("mug")
+        published.append((version.id, version.manifest["files"]))
+    assert published[0] == published[1]
 
 
 FAMILIES = {
