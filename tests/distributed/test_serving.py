@@ -13,7 +13,7 @@ from dreambooth.store import SubjectStore
 from tests.distributed.processes import processes
 from tests.distributed.traffic import Subjects, Traffic, count_reads, publish_subjects, serving, zipf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 REPLICA, INGRESS = "ServeReplica:default:subjects", "ServeReplica:default:Ingress"
 
