@@ -31,8 +31,7 @@ def subjects(small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Subj
 
 
 @pytest.fixture
-def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("HOME", str(tmp_path))  # for what replicas keep in ~/.cache
+def own_ray() -> Iterator[None]:
     ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR")
     yield
     serve.shutdown()
@@ -76,10 +75,7 @@ def test_deploying_again_fails_no_request(subjects: Subjects, own_ray: None) -> 
     assert (traffic.wrong, traffic.others) == ([], [])
 
 
-def test_a_killed_node_fails_no_client_that_asks_again(
-    subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_a_killed_node_fails_no_client_that_asks_again(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
