@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tensorboardX import SummaryWriter
@@ -25,7 +25,7 @@ from tensorboardX import SummaryWriter
 from dreambooth.store import SubjectStore
 from pipelines.checkpoints import final_checkpoint, last_checkpoint
 from pipelines.console import Display, Stage
-from pipelines.lane_queue import TRIES, LaneQueue, TrainingLog
+from pipelines.lane_queue import LaneQueue, TrainingLog
 from pipelines.notice import ListeningTorchConfig
 from pipelines.previews import Previews
 from pipelines.run import Lane, Run
@@ -121,7 +121,8 @@ def _run_lane(store: SubjectStore, config: dict[str, Any], min_workers: int | No
             storage_path=notes.path,
             storage_filesystem=notes.filesystem,
             # The queue gives a run up whose workers die again and again; the lane itself has others to train.
-            failure_config=FailureConfig(max_failures=TRIES * len(config["runs"])),
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[_FailureCount(config["queue"], config["lane"])],
         ),
     )
     try:
@@ -131,6 +132,18 @@ def _run_lane(store: SubjectStore, config: dict[str, Any], min_workers: int | No
     finally:
         notes.delete()
     return None
+
+
+class _FailureCount(UserCallback):
+    """Tells the queue of each failure of a lane's workers; ends a lane whose workers do not even get to a run."""
+
+    def __init__(self, queue: Any, lane: int) -> None:
+        self._queue, self._lane = queue, lane
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        if not ray.get(self._queue.failed.remote(self._lane)):
+            [error, *_] = worker_exceptions.values()
+            raise RuntimeError(f"training workers fail before they take up a run: {error}")
 
 
 @contextmanager

@@ -5,41 +5,52 @@ from __future__ import annotations
 from collections import Counter, deque
 
 TRIES = 3
-"""How often a run may be taken up: one whose workers die each time is given up, and its lane goes on."""
+"""How often a run is tried: one whose workers fail each time is given up, and its lane goes on."""
 
 
 class LaneQueue:
-    """An actor that hands out runs, by number, to lanes."""
+    """An actor that hands out runs, by number, to lanes.
+
+    Workers that are begun anew in another number, because nodes have come, take up the lane's run without a failure.
+    """
 
     def __init__(self, count: int) -> None:
         """Begin with all of `count` runs waiting."""
         self._waiting = deque(range(count))
         self._held: dict[int, int] = {}
         self._excused: set[int] = set()
-        self._tries: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()
+        self._failures_before_a_run: Counter[int] = Counter()
         self._errors: dict[int, str] = {}
         self._outcomes: dict[int, str | None] = {}
 
     def take(self, lane: int) -> int | None:
-        """The run that the lane is to train: after its workers have died, the one that it was at. None at the end."""
+        """The run that the lane is to train: when its workers are new, the one that it was at. None at the end."""
+        self._failures_before_a_run[lane] = 0
         run = self._held.get(lane)
-        if run is not None and lane in self._excused:
-            self._excused.remove(lane)
-            self._tries[run] -= 1
-        if run is not None and self._tries[run] >= TRIES:
+        if run is not None and self._failures[run] >= TRIES:
             why = self._errors.get(lane, "killed; the logs of the Ray workers may say why")
             self.finish(lane, f"its workers failed {TRIES} times, the last time so: {why}")
             run = None
-        if run is None:
-            if not self._waiting:
-                return None
+        if run is None and self._waiting:
             run = self._held[lane] = self._waiting.popleft()
-        self._tries[run] += 1
         return run
 
     def failing(self, lane: int, error: str) -> None:
         """Note what a worker of the lane fails by, which ends all of them."""
         self._errors[lane] = error
+
+    def failed(self, lane: int) -> bool:
+        """Note that workers of the lane have died or failed; tells whether it is worth while to begin new ones."""
+        if lane in self._excused:
+            self._excused.remove(lane)
+            return True
+        run = self._held.get(lane)
+        if run is None:
+            self._failures_before_a_run[lane] += 1
+            return self._failures_before_a_run[lane] < TRIES
+        self._failures[run] += 1
+        return True
 
     def excuse(self, lane: int) -> None:
         """Note that the lane's workers are going to be taken away, which is no failure of the run that it is at."""

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pipelines.checkpoints import checkpoints, final_checkpoint
 from pipelines.console import Display
 from pipelines.finetune import finetune
 from pipelines.run import PlannedSubject, Run
+from pipelines.training_set import location_of
+from tests.distributed.processes import processes
 from tests.distributed.test_finetune import EVERY, STEPS, prepare, variants
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -110,3 +113,24 @@ def test_training_goes_on_with_the_node_that_is_left(
     # Adam's steps have size lr whatever the gradient: rounding in near-zero gradients shows up to this size.
     assert max((trained[name] - expected[name]).abs().max().item() for name in expected) < STEPS * 1e-3
     assert any(not torch.equal(trained[name], expected[name]) for name in expected)
+
+
+def test_training_takes_in_nodes_that_come(
+    cluster: Cluster, nodes: list[Any], prepared: tuple[SubjectStore, PlannedSubject]
+) -> None:
+    store, planned = prepared
+    training = replace(planned.run.training, steps=1500)  # Ray Train looks for new nodes once a minute
+    run = replace(planned.run, training=training, sample_prompts=("more",))
+    location_of(store, run).write_bytes(location_of(store, planned.run).read_bytes())
+    cluster.remove_node(nodes.pop())
+    seen: list[int] = []
+
+    def add_one() -> None:
+        seen.append(len(processes("RayTrainWorker")))
+        nodes.append(cluster.add_node(num_cpus=1))
+        while final_checkpoint(store, run) is None and seen[-1] < 2:
+            seen.append(len(processes("RayTrainWorker")))
+            time.sleep(0.1)
+
+    train(store, run, EVERY, add_one, min_workers=1)
+    assert (seen[0], seen[-1]) == (1, 2)

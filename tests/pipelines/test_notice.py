@@ -22,7 +22,6 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 
 from dreambooth.store import SubjectStore
 from pipelines.checkpoints import checkpoints, final_checkpoint
-from pipelines.lane_queue import TRIES, LaneQueue
 from pipelines.notice import ListeningTorchConfig, Lookout, Notice, Preempted, listen, ray_drains
 from pipelines.options import parse
 from pipelines.plan import make_plan
@@ -133,12 +132,3 @@ def test_what_ray_train_tells_of_drained_nodes_is_seen(monkeypatch: pytest.Monke
     assert not ray_drains()
     Context.preemption_context.preemption_info = object()  # type: ignore[assignment]
     assert ray_drains()
-
-
-def test_a_run_whose_workers_are_taken_away_is_not_given_up_for_that() -> None:
-    queue = LaneQueue(1)
-    assert [queue.take(0) for _ in range(TRIES)] == [0] * TRIES
-    queue.excuse(0)
-    assert queue.take(0) == 0
-    assert queue.take(0) is None
-    assert f"failed {TRIES} times" in str(queue.outcomes()[0])
