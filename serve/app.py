@@ -85,7 +85,8 @@ class Arguments(BaseModel):
     keep: Names = ()
     """Models (`subject` or `subject@version`) that every replica loads when it starts and never drops."""
     escape: float = Field(8.0, ge=0)
-    """How many more requests must wait for a subject's replica than for the next before that draws the subject too."""
+    """How many more requests must wait for a subject's replica than for the next before that draws the subject too; 4
+    times as many for a subject that alone makes less than a replica's share of the work."""
 
     queue: int = Field(64, ge=1)
     """Requests that may wait while all replicas are full (32 each); more are answered 429."""

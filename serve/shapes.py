@@ -51,7 +51,7 @@ class ImagesRequest(BaseModel):
         0, description="Unfinished images to send of each image; only with `stream`."
     )
     deadline: Annotated[FiniteFloat, Field(ge=1)] | None = Field(
-        None, description="Seconds, at least 1, after which the answer is of no use; at most, and by default, the server's own."
+        None, description="Seconds after which the answer is of no use; at most, and by default, the server's own."
     )
 
 

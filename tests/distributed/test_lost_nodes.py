@@ -119,7 +119,7 @@ def test_training_takes_in_nodes_that_come(
     cluster: Cluster, nodes: list[Any], prepared: tuple[SubjectStore, PlannedSubject]
 ) -> None:
     store, planned = prepared
-    training = replace(planned.run.training, steps=1500)  # Ray Train looks for new nodes once a minute
+    training = replace(planned.run.training, steps=1000)  # Ray Train looks for new nodes once a minute
     run = replace(planned.run, training=training, sample_prompts=("more",))
     location_of(store, run).write_bytes(location_of(store, planned.run).read_bytes())
     cluster.remove_node(nodes.pop())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from serve.router import Homes, by_cost
+from serve.router import Demand, Homes, by_cost
 
 REPLICAS = ["a", "b", "c"]
 
@@ -40,3 +40,25 @@ def test_a_long_queue_at_home_sends_requests_to_the_next() -> None:
 
 def test_subjects_stay_at_home_while_all_queues_are_equally_long() -> None:
     assert by_cost(["a", "b", "c"], {"a": 30, "b": 29, "c": 28}, escape=4) == ["a", "b", "c"]
+
+
+def test_a_subject_is_hot_while_it_asks_for_more_than_a_replicas_share() -> None:
+    demand = Demand()
+    for number in range(300):
+        demand.note("hot" if number % 2 else f"cold{number}")
+    assert demand.is_hot("hot", replicas=3)
+    assert not demand.is_hot("hot", replicas=2)
+    assert not demand.is_hot("cold0", replicas=100)
+    for number in range(300):
+        demand.note(f"other{number}")
+    assert not demand.is_hot("hot", replicas=3)
+
+
+def test_a_few_orders_make_no_subject_hot() -> None:
+    demand = Demand()
+    for _ in range(20):
+        demand.note("new")
+    assert not demand.is_hot("new", replicas=3)
+    demand.note("new")
+    demand.note("new")
+    assert demand.is_hot("new", replicas=3)
