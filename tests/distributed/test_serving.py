@@ -49,7 +49,7 @@ def test_images_are_their_subjects_own_and_few_loads_suffice(subjects: Subjects)
     few = some(subjects, 12)
     with (
         serving(few, replicas=3, host_memory=few.room(4)) as url,
-        Traffic(url, few.images, zipf(12), clients=6, requests=120) as traffic,
+        Traffic(url, few.images, zipf(12), clients=16, requests=120) as traffic,
     ):
         pass
     assert (traffic.right, traffic.wrong, traffic.others) == (120, [], [])
