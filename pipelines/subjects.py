@@ -44,7 +44,8 @@ def subject_specs(options: Options) -> list[SubjectSpec]:
 
 
 def _name_from(images: str) -> str:
-    parts = [part for part in re.split(r"[/\\]", images) if part and not set(part) & set("*?[]")]
+    path = images.split("?")[0] if "://" in images else images
+    parts = [part for part in re.split(r"[/\\]", path) if part and not set(part) & set("*?[]")]
     stem = re.sub(r"\.\w+$", "", parts[-1]) if parts else ""
     name = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-_")[:63]
     if not name:
