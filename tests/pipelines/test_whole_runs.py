@@ -62,7 +62,10 @@ def test_a_run_from_a_bucket_into_a_bucket_publishes_what_one_on_a_disk_does(
         assert done.returncode == 0, done.stdout + done.stderr
         [version] = SubjectStore(root).versions("mug")
         published.append((version.id, version.manifest["files"]))
-    assert published[0] == published[1]
+    (local_id, local), (remote_id, remote) = published
+    assert (local_id, local.keys()) == (remote_id, remote.keys())
+    # diffusers notes in it where the backbone was read from.
+    assert [name for name in local if local[name] != remote[name]] in ([], ["unet/config.json"])
 
 
 FAMILIES = {
