@@ -27,6 +27,7 @@ class LaneQueue:
     def take(self, lane: int) -> int | None:
         """The run that the lane is to train: when its workers are new, the one that it was at. None at the end."""
         self._failures_before_a_run[lane] = 0
+        self._excused.discard(lane)
         run = self._held.get(lane)
         if run is not None and self._failures[run] >= TRIES:
             why = self._errors.get(lane, "killed; the logs of the Ray workers may say why")
@@ -42,18 +43,18 @@ class LaneQueue:
 
     def failed(self, lane: int) -> bool:
         """Note that workers of the lane have died or failed; tells whether it is worth while to begin new ones."""
-        if lane in self._excused:
-            self._excused.remove(lane)
-            return True
         run = self._held.get(lane)
         if run is None:
             self._failures_before_a_run[lane] += 1
             return self._failures_before_a_run[lane] < TRIES
-        self._failures[run] += 1
+        self._failures[run] += lane not in self._excused
         return True
 
     def excuse(self, lane: int) -> None:
-        """Note that the lane's workers are going to be taken away, which is no failure of the run that it is at."""
+        """Note that the lane's workers are going to be taken away, which is no failure of the run that it is at.
+
+        It holds until new ones take the run up: Ray tells of workers on a drained node again and again until all have ended.
+        """
         self._excused.add(lane)
 
     def finish(self, lane: int, failure: str | None = None) -> None:

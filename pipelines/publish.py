@@ -37,8 +37,7 @@ def publish(
 ) -> Version:
     """Draw the sample prompts with the trained weights and publish everything as the run's version.
 
-    `checkpoints` has one for each of the run's stages.
-    A process or node that dies is replaced, as often as in training.
+    `checkpoints` has one for each of the run's stages. A process or node that dies is replaced, as in training.
     """
     run = planned.run
     device = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from PIL import Image
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ class TrainedStage:
         """Write the trained parts, each to a folder of its name."""
         self._pipeline.to("cpu")
         for name, part in self.parts.items():
+            if isinstance(part, ConfigMixin):  # it would write down the folder of this machine that it was read from
+                part.register_to_config(_name_or_path=self._run.backbone)
             part.save_pretrained(folder / name)
 
 

@@ -37,6 +37,16 @@ def test_workers_begun_anew_or_taken_away_are_no_failure_of_the_run() -> None:
         assert queue.take(0) == 0
 
 
+def test_workers_that_are_taken_away_may_be_told_of_until_new_ones_take_the_run() -> None:
+    queue = LaneQueue(1)
+    assert queue.take(0) == 0
+    queue.excuse(0)
+    assert all(queue.failed(0) for _ in range(2 * TRIES))
+    assert queue.take(0) == 0
+    assert all(queue.failed(0) for _ in range(TRIES))
+    assert queue.take(0) is None
+
+
 def test_a_lane_whose_workers_never_take_a_run_is_given_up() -> None:
     queue = LaneQueue(2)
     assert queue.failed(0)
