@@ -16,6 +16,7 @@ from dreambooth.store import SubjectStore
 from pipelines.checkpoints import checkpoints, final_checkpoint
 from pipelines.console import Display
 from pipelines.finetune import finetune
+from pipelines.lane_queue import TRIES
 from pipelines.options import parse
 from pipelines.plan import make_plan
 from pipelines.priors import generate_priors
@@ -95,6 +96,19 @@ def test_workers_killed_at_any_moment_leave_no_trace_in_the_weights(
         assert checkpoint is not None
         trained = checkpoint.read()
         assert [name for name in weights if not torch.equal(trained[name], weights[name])] == []
+
+
+def test_a_run_whose_workers_fail_each_time_is_given_up_and_the_lane_trains_the_next(
+    prepared: tuple[SubjectStore, PlannedSubject],
+) -> None:
+    store, planned = prepared
+    broken, good = variants(store, planned.run, 0, ["broken", "good"])
+    location_of(store, broken).write_bytes(b"no training set")
+    [(key, why)] = finetune(store, [broken, good], EVERY, Display(), lanes=1).items()
+    assert key == broken.key
+    assert why.startswith(f"its workers failed {TRIES} times, the last time so: ")
+    assert final_checkpoint(store, broken) is None
+    assert final_checkpoint(store, good) is not None
 
 
 def test_a_publisher_that_dies_is_replaced(prepared: tuple[SubjectStore, PlannedSubject]) -> None:

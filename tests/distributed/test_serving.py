@@ -57,6 +57,19 @@ def test_images_are_their_subjects_own_and_few_loads_suffice(subjects: Subjects)
     assert counts["store"] <= 15, counts  # 12 are needed
 
 
+def test_a_hot_subject_is_drawn_by_more_replicas_than_its_home(subjects: Subjects) -> None:
+    hot = some(subjects, 1)
+    before = count_reads(metrics_url())
+    with (
+        # Its queue never grows by the four times five requests that let one leave which is not hot.
+        serving(hot, replicas=3, host_memory=hot.room(4), escape=5) as url,
+        Traffic(url, hot.images, [1.0], clients=16, requests=160) as traffic,
+    ):
+        pass
+    assert (traffic.right, traffic.wrong, traffic.others) == (160, [], [])
+    assert count_reads(metrics_url())["store"] - before["store"] >= 2
+
+
 def test_two_hundred_subjects_behind_one_endpoint_with_flat_memory(subjects: Subjects) -> None:
     before = count_reads(metrics_url())
     with serving(subjects, replicas=3, host_memory=subjects.room(20)) as url:
