@@ -1,6 +1,7 @@
 """How fast fine-tuning is, as ratios within one run.
 
     python -m tests.benchmarks.finetune steps    # embedded backbone, one worker: our step against plain loops
+    python -m tests.benchmarks.finetune steps --images PHOTOS --class-noun NOUN    # photos of the size that people have
     python -m tests.benchmarks.finetune lanes    # start-up of a lane's second subject against its first
 
 Other work on the machine disturbs all sides of a ratio; each is the median of several rounds, taken in turn.
@@ -30,6 +31,8 @@ from torch.nn import functional as F  # noqa: E402
 
 from dreambooth.backbones import Backbone  # noqa: E402
 from dreambooth.sampling import to_pixels  # noqa: E402
+from dreambooth.store import SubjectStore  # noqa: E402
+from dreambooth.subject import read_image  # noqa: E402
 from dreambooth.views import centre_view  # noqa: E402
 from pipelines.batches import Batches  # noqa: E402
 from pipelines.console import Display  # noqa: E402
@@ -92,18 +95,21 @@ def cached_step(backbone: Backbone, planned: PlannedSubject, batches: Batches) -
     return lambda _: loop.step(x, conditioning)
 
 
-def uncached_step(backbone: Backbone, planned: PlannedSubject) -> Callable[[int], None]:
+def uncached_step(store: SubjectStore, backbone: Backbone, planned: PlannedSubject) -> Callable[[int], None]:
     """A plain loop that decodes and encodes photos, class-prior images and prompts in every step."""
     loop, run = PlainLoop(backbone, planned), planned.run
+    assert run.prior is not None
     names = (*backbone.image_encoders, *backbone.text_encoders)
     encoders: dict[str, Any] = {name: backbone.load(name) for name in names}
-    photos, side, size = planned.subject.images, run.training.resolution, run.training.batch
+    photos = [photo.data for photo in planned.subject.images]
+    priors = [row["png"] for row in run.prior.rows(store.root, PRIOR_IMAGES, ["png"])]
+    side, size = run.training.resolution, run.training.batch
 
     @torch.no_grad()
     def encoded(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        # Class-prior images are files of about the same size: the photos stand in for them.
-        chosen = [photos[(step * size + row) % len(photos)] for row in range(2 * size)]
-        squares = [centre_view((photo.height, photo.width), (side, side)).show(photo.pixels()) for photo in chosen]
+        files = [kind[(step * size + row) % len(kind)] for kind in (photos, priors) for row in range(size)]
+        images = [read_image(file, "image") for file in files]
+        squares = [centre_view((image.height, image.width), (side, side)).show(image) for image in images]
         mean, log_variance = backbone.encode_images(encoders, to_pixels(squares))
         x = backbone.scale_latents(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
         prompts = [run.instance_prompt] * size + [run.class_prompt] * size
@@ -114,10 +120,10 @@ def uncached_step(backbone: Backbone, planned: PlannedSubject) -> Callable[[int]
     return lambda step: loop.step(*encoded(step))
 
 
-def steps(rounds: int, count: int) -> None:
+def steps(rounds: int, count: int, *options: str) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, process_group(Path(folder)):
-        plan = prepare(f"{folder}/store", "--workers", "1")
+        plan = prepare(f"{folder}/store", "--workers", "1", *options)
         [planned] = plan.subjects
         run, backbone = planned.run, plan.store.open_backbone(planned.run.backbone)
         path = location_of(plan.store, run).local
@@ -127,7 +133,7 @@ def steps(rounds: int, count: int) -> None:
         kinds: dict[str, Callable[[int], Any]] = {
             "ours": lambda step: train_step(engine, run, backbone, batches, step),
             "plain, cached": cached_step(backbone, planned, batches),
-            "plain, not cached": uncached_step(backbone, planned),
+            "plain, not cached": uncached_step(plan.store, backbone, planned),
         }
         taken: dict[str, list[float]] = {kind: [] for kind in kinds}
         for number in range(rounds + 1):
@@ -180,9 +186,12 @@ def main() -> None:
     parser.add_argument("what", choices=["steps", "lanes"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=10, help="steps a round")
+    parser.add_argument("--images", help="photos to train on instead of the sample subject's, 64 px wide")
+    parser.add_argument("--class-noun", help="what they show")
     arguments = parser.parse_args()
     if arguments.what == "steps":
-        steps(arguments.rounds, arguments.count)
+        subject = ("--images", arguments.images, "--class-noun", arguments.class_noun) if arguments.images else ()
+        steps(arguments.rounds, arguments.count, *subject)
     else:
         lanes(arguments.rounds)
 
