@@ -42,6 +42,7 @@ from starlette.responses import JSONResponse  # noqa: E402
 from dreambooth.backbones import open_backbone  # noqa: E402
 from dreambooth.embedded.build.config import UnetConfig  # noqa: E402
 from dreambooth.embedded.build.unet import new_unet  # noqa: E402
+from dreambooth.sampling import DTYPES  # noqa: E402
 from dreambooth.store import SubjectStore, Version  # noqa: E402
 from serve.app import GIB, Arguments, app  # noqa: E402
 from serve.skeleton import Skeleton  # noqa: E402
@@ -186,16 +187,20 @@ def swap(rounds: int) -> None:
 class Stock:
     """What Ray Serve's documentation shows: a pipeline built for each subject, some kept a replica."""
 
-    def __init__(self, store: str, backbone: str) -> None:
+    def __init__(self, store: str, backbone: str, precision: str) -> None:
         torch.set_num_threads(1)
         self._store, self._backbone, self._loads = SubjectStore(store), backbone, 0
+        self._dtype = DTYPES[precision]
 
     @serve.multiplexed(max_num_models_per_replica=SLOTS)
     async def load(self, subject: str) -> Any:
         self._loads += 1
         [version] = self._store.versions(subject)
-        unet = UNet2DConditionModel.from_pretrained(self._store.local_version(version), subfolder="unet")
-        pipeline = StableDiffusionXLPipeline.from_pretrained(self._backbone, unet=unet, add_watermarker=False)
+        folder, dtype = self._store.local_version(version), self._dtype
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            self._backbone, unet=unet, add_watermarker=False, torch_dtype=dtype
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -217,8 +222,11 @@ def drive(url: str, requests: int, steps: int, seed: int) -> tuple[float, list[d
     return requests / (time.perf_counter() - started), answers
 
 
-def multiplexed(rounds: int, requests: int, steps: int) -> None:
-    """Loads and throughput of three replicas with room for four of twelve subjects each, started anew each round."""
+def multiplexed(rounds: int, requests: int, steps: int, precision: str, batch: int) -> None:
+    """Loads and throughput of three replicas with room for four of twelve subjects each, started anew each round.
+
+    Stock replicas draw one image after another; ours draw up to `batch` of a subject together.
+    """
     folder = open_backbone("embedded").folder
     rates: dict[str, list[float]] = {"stock": [], "ours": []}
     loads: dict[str, list[float]] = {"stock": [], "ours": []}
@@ -228,7 +236,7 @@ def multiplexed(rounds: int, requests: int, steps: int) -> None:
         [node] = ray.nodes()
         metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for number in range(rounds):
-            serve.run(Stock.bind(store.root.uri, str(folder)))  # type: ignore[attr-defined]
+            serve.run(Stock.bind(store.root.uri, str(folder), precision))  # type: ignore[attr-defined]
             rate, answers = drive(url, requests, steps, number)
             rates["stock"].append(rate)
             loads["stock"].append(
@@ -240,7 +248,8 @@ def multiplexed(rounds: int, requests: int, steps: int) -> None:
             )
             serve.delete("default")
             before = count_reads(metrics)["store"]
-            deploy(store, replicas=REPLICAS, host_memory=room(versions[0], SLOTS + 0.5))
+            slots = room(versions[0], SLOTS + 0.5) * DTYPES[precision].itemsize / torch.float32.itemsize
+            deploy(store, replicas=REPLICAS, host_memory=slots, precision=precision, batch=batch)
             rate, _ = drive(url, requests, steps, number)
             rates["ours"].append(rate)
             loads["ours"].append(count_reads(metrics)["store"] - before)
@@ -250,7 +259,7 @@ def multiplexed(rounds: int, requests: int, steps: int) -> None:
         print(f"{kind:6} {shown} images/s; loads {' '.join(f'{count:.0f}' for count in loads[kind])}")
     needed = len(SUBJECTS)
     ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["stock"], strict=True))
-    print(f"{requests} requests, {CLIENTS} clients, {steps} steps, {rounds} rounds")
+    print(f"{requests} requests, {CLIENTS} clients, {steps} steps, {precision}, batches <= {batch}, {rounds} rounds")
     print(f"loads / {needed}: ours {statistics.median(loads['ours']) / needed:.2f}  wanted <= 1.25")
     print(f"loads / {needed}: stock {statistics.median(loads['stock']) / needed:.2f}")
     print(f"throughput, ours / stock: {ratio:.2f}  wanted >= 2")
@@ -281,13 +290,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="by default 50; 3 of `multiplexed`")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of an image")
     parser.add_argument("--requests", type=int, help="by default 400 a round of `multiplexed`, 10,000 of `memory`")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of both sides of `multiplexed`")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="most images that our side of `multiplexed` draws together"
+    )
     arguments = parser.parse_args()
     if arguments.what == "overhead":
         overhead(arguments.rounds or 50, arguments.steps)
     elif arguments.what == "swap":
         swap(arguments.rounds or 50)
     elif arguments.what == "multiplexed":
-        multiplexed(arguments.rounds or 3, arguments.requests or 400, arguments.steps)
+        rounds, requests = arguments.rounds or 3, arguments.requests or 400
+        multiplexed(rounds, requests, arguments.steps, arguments.precision, arguments.batch)
     else:
         memory(arguments.requests or 10_000)
 
