@@ -53,7 +53,7 @@ class LaneQueue:
     def excuse(self, lane: int) -> None:
         """Note that the lane's workers are going to be taken away, which is no failure of the run that it is at.
 
-        It holds until new ones take the run up: Ray tells of workers on a drained node again and again until all have ended.
+        It holds until new ones take the run up: Ray tells of workers on a drained node until the last has ended.
         """
         self._excused.add(lane)
 
