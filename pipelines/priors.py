@@ -13,20 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 import torch
-from ray.data import ActorPoolStrategy
 
 from dreambooth.backbones import Backbone
 from dreambooth.prior_set import PriorSet
 from dreambooth.sampling import load_pipeline, sample, to_pixels
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
+from pipelines.actors import on_actors, pool_size
 from pipelines.console import Display
 from pipelines.run import Lane
-
-_DEATHS = 20
-"""How often a sampler's process or node may die: what dies at every start must end the run, not keep it for ever."""
 
 Shard = tuple[str, int]
 """The key of a set and the number of a shard."""
@@ -117,14 +113,6 @@ def _name(prior: PriorSet, shard: int) -> str:
     return f"{prior.prompt!r} images {indices[0]}-{indices[-1]} (shard {shard} of set {prior.key})"
 
 
-def pool_size(lane: Lane, shards: int) -> int:
-    """Samplers for which the cluster has room, no fewer than the lane has workers, no more than a shard each."""
-    have = ray.cluster_resources()
-    each = {"CPU": lane.cpus_per_worker, "GPU": lane.gpus_per_worker}
-    room = min(int(have.get(name, 0) / amount) for name, amount in each.items() if amount)
-    return min(shards, max(room, lane.workers))
-
-
 def _draw(
     store: SubjectStore, sets: Mapping[str, PriorSet], shards: Sequence[Shard], lane: Lane, samplers: int | None
 ) -> Iterator[tuple[str, int, str]]:
@@ -132,24 +120,11 @@ def _draw(
     if not shards:
         return
     rows = [{"set": key, "shard": shard} for key, shard in shards]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ClassPriorSampler,
-        fn_constructor_args=(store.root.uri, {key: sets[key] for key, _ in shards}),
-        # One call draws while the other encodes and writes, or waits its turn: the device has no pause between shards,
-        # and at the tail no sampler keeps more than one shard from those that are out of work.
-        compute=ActorPoolStrategy(
-            size=min(samplers, len(shards)) if samplers else pool_size(lane, len(shards)),
-            max_concurrent_calls_per_actor=2,
-            max_tasks_in_flight_per_actor=2,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=lane.cpus_per_worker,
-        num_gpus=lane.gpus_per_worker or None,
-        max_restarts=_DEATHS,
-        max_task_retries=-1,  # each attempt to reach a node that is gone counts as one
-    )
-    dataset.set_name("class_priors")
-    for row in dataset.iter_rows():
+    arguments = (store.root.uri, {key: sets[key] for key, _ in shards})
+    size = min(samplers, len(shards)) if samplers else pool_size(lane, len(shards))
+    # One call draws while the other encodes and writes, or waits its turn: the device has no pause between shards, and
+    # at the tail no sampler keeps more than one shard from those that are out of work.
+    for row in on_actors("class_priors", rows, ClassPriorSampler, arguments, lane, size, calls=2):
         yield row["set"], int(row["shard"]), row["failure"]
 
 

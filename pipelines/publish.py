@@ -24,12 +24,12 @@ from dreambooth.subject import Subject, read_image
 from pipelines.checkpoints import Checkpoint
 from pipelines.console import Display, Stage
 from pipelines.lane_queue import TRIES
+from pipelines.published import SUPER_RESOLUTION
 from pipelines.run import PlannedSubject, Run
 from pipelines.trained import TrainedStage
 from pipelines.upscaling import UpscalingStage
 
 _PRIORS_SHOWN = 6
-_SUPER_RESOLUTION = "super_resolution"
 
 
 def publish(
@@ -93,8 +93,8 @@ class _Publisher:
             manifest = lineage(run, first.backbone)
             first.save(folder)
             for stage, its_run in zip(second, run.stages[1:], strict=True):
-                stage.save(folder / _SUPER_RESOLUTION)
-                manifest[_SUPER_RESOLUTION] = {
+                stage.save(folder / SUPER_RESOLUTION)
+                manifest[SUPER_RESOLUTION] = {
                     "backbone": {"family": stage.backbone.family, "hash": its_run.backbone},
                     "components": sorted(stage.parts),
                 }

@@ -26,6 +26,7 @@ from tests.small_models import (  # noqa: E402
     write_clip,
     write_deepfloyd_if,
     write_deepfloyd_if_super_resolution,
+    write_dino,
     write_sdxl,
     write_stable_diffusion,
     write_upscaler,
@@ -68,6 +69,12 @@ def small_upscaler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small CLIP."""
     return write_clip(tmp_path_factory.mktemp("judges") / "clip")
+
+
+@pytest.fixture(scope="session")
+def small_dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small DINO."""
+    return write_dino(tmp_path_factory.mktemp("judges") / "dino-vits16")
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     T5Config,
     T5EncoderModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from tests.small_tokenizers import small_t5_tokenizer
@@ -226,4 +228,14 @@ def write_clip(folder: Path) -> Path:
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32), tokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def write_dino(folder: Path) -> Path:
+    """A vision transformer for 32x32 pixels, of DINO's kind."""
+    torch.manual_seed(4)
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
     return folder

@@ -115,10 +115,11 @@ class Backbone(ABC):
             raise ValueError(f"backbone {self.source!r}: {component} comes from {library!r}, not one of {_LIBRARIES}")
         return getattr(importlib.import_module(library), name)
 
-    def load(self, component: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """One network of the backbone, on the CPU, in evaluation mode."""
+    def load(self, component: str, dtype: torch.dtype = torch.float32, trained: Path | None = None) -> nn.Module:
+        """One network of the backbone, or of its kind in the folder `trained`, on the CPU in evaluation mode."""
+        folder, variant = (self.folder, self.variant) if trained is None else (trained, None)
         network = self._class(component).from_pretrained(
-            self.folder, subfolder=component, dtype=dtype, variant=self.variant, use_safetensors=True
+            folder, subfolder=component, dtype=dtype, variant=variant, use_safetensors=True
         )
         return network.eval()
 

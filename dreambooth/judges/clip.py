@@ -14,15 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
+from dreambooth.judges.crop import paper_crop
+
+CLIP = "openai/clip-vit-base-patch32"
+"""The model of the paper's scores."""
 _BATCH = 64
 
 
 class ClipJudge:
-    """A `CLIPModel` with its processor, by hub id or by the folder that `save_pretrained` wrote."""
+    """A `CLIPModel` with its processor, by hub id or by the folder that `save_pretrained` wrote.
 
-    def __init__(self, source: str | Path, device: str | torch.device = "cpu") -> None:
+    Pictures are cut as its processor does it, or with `paper` as the paper's scores want it.
+    """
+
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu", paper: bool = False) -> None:
         """Load the model; raises ValueError when there is none, or its weights are not safetensors."""
         self.name = str(source)
+        self._paper = paper
         self.device = torch.device(device)
         try:
             self._processor = CLIPProcessor.from_pretrained(source)
@@ -33,7 +41,11 @@ class ClipJudge:
         self._model.to(self.device).eval()
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures to the model's input, as its processor makes it: float32 (N, 3, H, W)."""
+        """Pictures to the model's input: float32 (N, 3, H, W)."""
+        if self._paper:
+            side = self._model.config.vision_config.image_size
+            cut = [paper_crop(image, side) for image in images]
+            return self._processor(images=cut, do_resize=False, do_center_crop=False, return_tensors="pt").pixel_values
         return self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
 
     @torch.no_grad()

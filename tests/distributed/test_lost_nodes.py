@@ -23,6 +23,7 @@ from pipelines.run import PlannedSubject, Run
 from pipelines.training_set import location_of
 from tests.distributed.processes import processes
 from tests.distributed.test_finetune import EVERY, STEPS, prepare, variants
+from tests.distributed.tokens import without_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -32,8 +33,7 @@ TRIALS = 3
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head for the driver, without room for workers; two nodes with room for one each."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_AUTH_MODE", "disabled")
+    with without_tokens():
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         try:

@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 
 from dreambooth.storage import Location
 from dreambooth.store import SubjectStore
+from tests.distributed.tokens import without_tokens
 from tests.distributed.traffic import Subjects, Traffic, deploy, publish_subjects, serving, zipf
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -75,28 +76,34 @@ def test_deploying_again_fails_no_request(subjects: Subjects, own_ray: None) -> 
     assert (traffic.wrong, traffic.others) == ([], [])
 
 
-def test_a_killed_node_fails_no_client_that_asks_again(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head with room for one replica; a test adds nodes."""
+    with without_tokens():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            yield cluster
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def test_a_killed_node_fails_no_client_that_asks_again(subjects: Subjects, cluster: Cluster) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        with (
-            serving(subjects, replicas=3, ingresses=2, host_memory=subjects.room(6)) as url,
-            Traffic(url, subjects.images, zipf(COUNT), clients=4, patient=True) as traffic,
-        ):
-            for trial in range(TRIALS):
-                traffic.wait_for(10)
-                cluster.remove_node(nodes.pop(trial % 2), allow_graceful=False)
-                traffic.wait_for(10)
-                nodes.append(cluster.add_node(num_cpus=1))
-            traffic.wait_for(20)
-        assert (traffic.wrong, traffic.others) == ([], [])
-        assert max(answer.seconds for answer in traffic.answers) < 120
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        cluster.shutdown()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    with (
+        serving(subjects, replicas=3, ingresses=2, host_memory=subjects.room(6)) as url,
+        Traffic(url, subjects.images, zipf(COUNT), clients=4, patient=True) as traffic,
+    ):
+        for trial in range(TRIALS):
+            traffic.wait_for(10)
+            cluster.remove_node(nodes.pop(trial % 2), allow_graceful=False)
+            traffic.wait_for(10)
+            nodes.append(cluster.add_node(num_cpus=1))
+        traffic.wait_for(20)
+    assert (traffic.wrong, traffic.others) == ([], [])
+    assert max(answer.seconds for answer in traffic.answers) < 120
 
 
 class Gate:

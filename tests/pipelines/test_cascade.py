@@ -30,7 +30,7 @@ from pipelines.priors import ClassPriorSampler
 from pipelines.run import PlannedSubject, Run
 from pipelines.steps import Trainable, step_loss
 from pipelines.training_set import TrainingSetEncoder, location_of
-from tests.pipelines.test_personalize import changed, personalize, published_sample
+from tests.pipelines.test_personalize import changed, personalize, published_sample, redrawn
 
 LEVEL = 120
 
@@ -254,4 +254,5 @@ def test_a_cascade_becomes_one_version_that_diffusers_chained_pipelines_load(
         ).images
         assert enlarged[0].size == (256, 256)
         assert np.array_equal(np.asarray(enlarged[0]), published_sample(version, number))
+        assert np.array_equal(redrawn(version, number), published_sample(version, number))
     assert version.manifest["upscaler"]["backbone"]["hash"] == run["upscaling"]["backbone"]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth.store import SubjectStore, Version
+from pipelines.published import PublishedModel, published_samplers
 from tests.conftest import ROOT
 
 SHORT = "--steps 6 --batch 2 --workers 2 --prior-images 4 --prior-batch 4 --prior-steps 3 --sample-steps 3"
@@ -57,6 +58,16 @@ def published_sample(version: Version, number: int) -> np.ndarray:
     return np.asarray(Image.open(version.location.local / version.manifest["samples"][number]["file"]))
 
 
+def redrawn(version: Version, number: int) -> np.ndarray:
+    """A published sample, drawn again from nothing but the version and its store."""
+    assert version.location.local is not None
+    store = SubjectStore(version.location.local.parents[3])
+    sample = version.manifest["samples"][number]
+    model = PublishedModel(store, version, published_samplers(version))
+    [image] = model.draw([sample["prompt"]], [sample["seed"]])
+    return np.asarray(image)
+
+
 def changed(backbone: Path, version: Version, component: str) -> list[bool]:
     """For each published tensor of a component, whether it differs from the backbone's."""
     assert version.location.local is not None
@@ -81,6 +92,7 @@ def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
     for number in (0, 3):
         plain = draw_with_plain_diffusers(small_stable_diffusion, version, number)
         assert np.array_equal(plain, published_sample(version, number))
+        assert np.array_equal(redrawn(version, number), published_sample(version, number))
     assert version.location.local is not None
     assert Image.open(version.location.local / "contact_sheet.png").width > 1000
     [events] = tmp_path.glob("runs/*/tensorboard/events.*")
@@ -126,6 +138,7 @@ def test_textual_inversion_publishes_a_few_kilobytes_that_diffusers_reads(
         output_type="np",
     )
     assert np.abs(drawn.images[0] - published_sample(version, 1) / 255).max() < 0.01
+    assert np.array_equal(redrawn(version, 1), published_sample(version, 1))
     assert not list(tmp_path.glob("priors/*"))
 
 
@@ -154,6 +167,7 @@ def test_captions_views_buckets_and_a_teacher_go_into_a_version_together(
     assert first < 1e-10
     assert all(value > 1e-9 for value in later)
     assert np.array_equal(draw_with_plain_diffusers(small_sdxl, version, 0), published_sample(version, 0))
+    assert np.array_equal(redrawn(version, 0), published_sample(version, 0))
 
 
 @pytest.fixture

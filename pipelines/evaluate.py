@@ -1,0 +1,209 @@
+"""Score published versions by the paper's protocol (Ruiz et al., CVPR 2023, section 4).
+
+Draws 4 pictures for each of DreamBench's 25 prompts and 100 of the class with a version's weights, holds them against
+the subject's photos, and writes DINO, CLIP-I, CLIP-T, PRES and DIV into the store. All versions of a subject, with and
+without the prior term or by Textual Inversion, are drawn from the same seeds: their rows in the table compare. Killed
+and run again, the same command goes on where it was. Exit codes: 0 all scored, 1 a version failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+from pipelines.console import Display, quiet_libraries
+
+quiet_libraries()
+
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from typing import Literal  # noqa: E402
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+
+from dreambooth.backbones import open_backbone  # noqa: E402
+from dreambooth.embedded import sample_subject  # noqa: E402
+from dreambooth.evaluation_set import EvaluationSet  # noqa: E402
+from dreambooth.judges.scores import Judging  # noqa: E402
+from dreambooth.prompts import PLACEHOLDER, dreambench_prompts, fill  # noqa: E402
+from dreambooth.store import SubjectStore, Version  # noqa: E402
+from dreambooth.subject import SubjectSpec, load_manifest  # noqa: E402
+from pipelines.published import published_samplers  # noqa: E402
+from pipelines.run import Lane  # noqa: E402
+from pipelines.scores_table import score_table, write_csv  # noqa: E402
+from pipelines.scoring import PlannedEvaluation, Scored, draw_pictures, score_versions  # noqa: E402
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is scored, and how. Without images or a manifest, the sample subject that comes with the project."""
+
+    store: str = "~/dreambooth-store"
+    """Subject store: a folder, or a URI such as s3://bucket/store."""
+    subject: str | None = None
+    """The subject's name in the store."""
+    images: tuple[str, ...] = ()
+    """Its photos, against which its pictures are held: a folder, glob, file or URI, or several of them."""
+    manifest: str | None = None
+    """Many subjects: a YAML file, or a folder with one folder a subject. Takes the place of the two options above."""
+    versions: Literal["newest", "all"] = "newest"
+    """Which of a subject's versions."""
+    prompts: tuple[str, ...] = ()
+    """Prompts with {subject}. By default DreamBench's 25 for objects or for live subjects."""
+    images_a_prompt: int = 4
+    """Pictures of each prompt; DIV needs two at least."""
+    class_images: int = 100
+    """Pictures of "a [class noun]", for PRES; 0 leaves it out."""
+    steps: int | None = None
+    """Sampler steps a picture. By default those of the samples that the version was published with."""
+    guidance: float | None = None
+    """Guidance scale. By default that of these samples."""
+    batch: int | None = None
+    """Pictures drawn at once. By default those of a prompt."""
+    seed: int = 0
+    """All pictures follow from it."""
+    dino: str = Judging.dino
+    """Judge of DINO and PRES: hub id or folder of a ViT."""
+    clip: str = Judging.clip
+    """Judge of CLIP-I and CLIP-T: hub id or folder of a CLIP."""
+    lpips: str | None = None
+    """Judge of DIV: the file that `python -m dreambooth.judges.lpips FILE` writes. DIV is left out without it."""
+    embedded_judges: bool | None = None
+    """Score by the judges that come with the project, under their names. By default where the embedded backbone is."""
+    workers: int | None = None
+    """Processes at work. By default as many as the cluster has room for."""
+    cpus_per_worker: int = 1
+    """CPU cores of a worker."""
+    gpus_per_worker: float | None = None
+    """GPUs of a worker. By default 1 where this machine has a GPU, else 0; set it when only the cluster does."""
+    csv: str | None = None
+    """Write the table to this file too."""
+    verbose: bool = False
+    """Show the logs of Ray and the workers here too."""
+
+
+def evaluate(options: EvaluateOptions, display: Display | None = None) -> list[Scored]:
+    """Score the versions that `options` name; raises ValueError for bad input before any work is done."""
+    with display or Display() as shown:
+        return _evaluate(options, *plan(options), shown)
+
+
+def plan(options: EvaluateOptions) -> tuple[SubjectStore, list[PlannedEvaluation], Judging]:
+    """Check everything, and find what is to be scored."""
+    for name in ("images_a_prompt", "steps", "batch", "workers", "cpus_per_worker"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if options.class_images < 0:
+        raise ValueError(f"--class-images must not be below 0, not {options.class_images}")
+    for template in options.prompts:
+        if PLACEHOLDER not in template:
+            raise ValueError(f"prompt {template!r} does not name the subject: write {PLACEHOLDER} where it stands")
+        fill(template, "dog")
+    store = SubjectStore(options.store)
+    store.check_writable()
+    planned = [
+        PlannedEvaluation(spec, version, _pictures(options, version))
+        for spec in _specs(options)
+        for version in _versions(options, store, spec)
+    ]
+    for one in planned:
+        one.photos()
+    judging = _judging(options, planned)
+    judging.load()
+    return store, planned, judging
+
+
+def _specs(options: EvaluateOptions) -> list[SubjectSpec]:
+    if options.manifest is not None:
+        if options.images or options.subject:
+            raise ValueError("--manifest lists the subjects itself: leave out --images and --subject")
+        return load_manifest(options.manifest)
+    if not options.images:
+        if options.subject is not None:
+            raise ValueError(f"no photos: --subject {options.subject} came without --images FOLDER")
+        return [sample_subject()]
+    if options.subject is None:
+        raise ValueError("--subject is missing: the name of these images' subject in the store")
+    return [SubjectSpec(options.subject, options.images)]
+
+
+def _versions(options: EvaluateOptions, store: SubjectStore, spec: SubjectSpec) -> list[Version]:
+    versions = store.versions(spec.name)
+    if not versions:
+        raise ValueError(f"{store.root} holds no version of {spec.name!r}: personalize it first, or leave it out")
+    return versions if options.versions == "all" else versions[-1:]
+
+
+def _pictures(options: EvaluateOptions, version: Version) -> EvaluationSet:
+    manifest = version.manifest
+    first, *rest = published_samplers(version)
+    first = replace(
+        first,
+        steps=options.steps or first.steps,
+        guidance=first.guidance if options.guidance is None else options.guidance,
+        batch=options.batch or options.images_a_prompt,
+    )
+    return EvaluationSet(
+        subject=version.subject,
+        version=version.id,
+        phrase=manifest["phrase"],
+        class_noun=manifest["class_noun"],
+        templates=tuple(dict.fromkeys(options.prompts)) or dreambench_prompts(manifest["class_noun"]),
+        images_a_prompt=options.images_a_prompt,
+        class_images=options.class_images,
+        samplers=(first, *(replace(one, batch=first.batch) for one in rest)),
+        seed=options.seed,
+    )
+
+
+def _judging(options: EvaluateOptions, planned: Sequence[PlannedEvaluation]) -> Judging:
+    embedded = options.embedded_judges
+    if embedded is None:
+        hashes = {one.version.manifest["backbone"]["hash"] for one in planned}
+        embedded = hashes == {open_backbone("embedded").hash}
+    return Judging.embedded() if embedded else Judging(options.dino, options.clip, options.lpips)
+
+
+def _evaluate(
+    options: EvaluateOptions,
+    store: SubjectStore,
+    planned: Sequence[PlannedEvaluation],
+    judging: Judging,
+    display: Display,
+) -> list[Scored]:
+    from pipelines.session import check_reachable, ray_session
+
+    gpus = options.gpus_per_worker if options.gpus_per_worker is not None else float(torch.cuda.is_available())
+    lane = Lane(options.workers or 1, options.cpus_per_worker, gpus, zero_stage=0, offload="none")
+    with ray_session(lane, options.verbose) as line:
+        display.say(line)
+        check_reachable(store)
+        failures = draw_pictures(store, planned, lane, display, options.workers)
+        return score_versions(store, planned, judging, lane, display, failures)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    options = tyro.cli(
+        EvaluateOptions, args=sys.argv[1:] if arguments is None else arguments, description=__doc__ or ""
+    )
+    display = Display()
+    try:
+        store, planned, judging = plan(options)
+        with display:
+            outcomes = _evaluate(options, store, planned, judging, display)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    failed = [one for one in outcomes if one.failure]
+    for one in failed:
+        display.say(f"{one.subject}@{one.version} FAILED: {one.failure}")
+    scored = [one for one in outcomes if not one.failure]
+    for line in score_table(scored, judging.names()):
+        display.say(line)
+    if options.csv is not None:
+        write_csv(options.csv, scored, judging.names())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
