@@ -4,6 +4,8 @@
     STORE/priors/KEY/NNNNNN.parquet              class-prior sets, shared by all subjects of a class, and a preview.png
     STORE/subjects/NAME/subject.json             the subject's identifier, kept across versions
     STORE/subjects/NAME/versions/ID/...          what changed against the backbone; there when ID/manifest.json is
+    STORE/subjects/NAME/scores/ID/KEY.json       what judges say of a version
+    STORE/evaluations/KEY/NNNNNN.parquet         the pictures that they saw, and a contact_sheet.png
     STORE/runs/KEY/...                           work in progress: checkpoints, TensorBoard events
     STORE/keys/HASH.json                         what a key of the server may do (serve/keys.py)
 
@@ -186,6 +188,15 @@ class SubjectStore:
         }
         (location / "manifest.json").write_json(manifest)
         return Version(subject, version, location, manifest)
+
+    def scores_location(self, subject: str, version: str) -> Location:
+        """Where the records of a version's scores are, or would be: a JSON file for each protocol and photos."""
+        return self.root / "subjects" / subject / "scores" / version
+
+    def scores(self, subject: str, version: str) -> list[dict[str, Any]]:
+        """The records of a version's scores."""
+        folder = self.scores_location(subject, version)
+        return [(folder / name).read_json() for name in folder.names()]
 
     def local_version(self, published: Version) -> Path:
         """A local folder with the version's files, downloaded once a machine when the store is remote."""

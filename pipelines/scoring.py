@@ -162,7 +162,7 @@ def scores_location(store: SubjectStore, one: PlannedEvaluation, judging: Judgin
     """Where the scores of a version lie: beside its folder, named by all that determines them."""
     hashes = sorted(image.sha256 for image in photos.images)
     key = digest({"pictures": one.pictures.key, "judges": asdict(judging), "photos": hashes}, 16)
-    return store.root / "subjects" / one.version.subject / "scores" / one.version.id / f"{key}.json"
+    return store.scores_location(one.version.subject, one.version.id) / f"{key}.json"
 
 
 _Waiting = Mapping[str, tuple[PlannedEvaluation, Subject, Location]]

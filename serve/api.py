@@ -160,9 +160,10 @@ def create_api(catalog: Catalog, draw: Draw, rules: Rules) -> FastAPI:
 
     @api.get("/v1/models/{model}")
     async def retrieve_model(model: str, key: Holder) -> ModelDetails:
-        """Tell where a subject's newest version, or the version named, comes from."""
+        """Tell where a subject's newest version, or the version named, comes from, and how it was scored."""
         entry = await find(model, key)
-        return ModelDetails(**describe(model, entry).model_dump(), lineage=await catalog.manifest(entry))
+        lineage, scores = await catalog.manifest(entry), await catalog.scores(entry)
+        return ModelDetails(**describe(model, entry).model_dump(), lineage=lineage, scores=scores)
 
     if rules.keys is not None:
         _add_key_routes(api, rules.keys)

@@ -108,3 +108,7 @@ class Catalog:
         """All that a version's manifest says, from the store."""
         location = self._store.version_location(entry.subject, entry.version) / "manifest.json"
         return await asyncio.to_thread(location.read_json)
+
+    async def scores(self, entry: Entry) -> list[dict[str, Any]]:
+        """What judges say of a version, from the store."""
+        return await asyncio.to_thread(self._store.scores, entry.subject, entry.version)

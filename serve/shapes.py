@@ -165,6 +165,7 @@ class ModelDetails(Model):
     """Answer to `GET /v1/models/{model}`."""
 
     lineage: dict[str, Any] = Field(description="The version's manifest: backbone, images, settings, files.")
+    scores: list[dict[str, Any]] = Field(description="What judges say of it, a record for each protocol and photos.")
 
 
 class KeyEntry(BaseModel):

@@ -169,7 +169,9 @@ def test_a_prompt_without_the_subject_is_served_with_a_warning(server: Server) -
     assert "{subject}" in answer["warning"]
 
 
-def test_models_are_listed_with_their_lineage(server: Server) -> None:
+def test_models_are_listed_with_their_lineage_and_scores(server: Server) -> None:
+    record = {"version": MUG[1], "scores": {"DINO": 0.7}}
+    (server.store.scores_location(*MUG) / "0123.json").write_json(record)
     status, answer = server.ask("/v1/models")
     assert (status, answer["object"]) == (200, "list")
     versions = [f"{subject}@{version}" for subject, version in CHANGED]
@@ -177,8 +179,9 @@ def test_models_are_listed_with_their_lineage(server: Server) -> None:
     for model in answer["data"]:
         status, details = server.ask(f"/v1/models/{model['id']}")
         assert status == 200
-        lineage = details.pop("lineage")
+        lineage, scores = details.pop("lineage"), details.pop("scores")
         assert details == model
+        assert scores == ([record] if model["version"] == MUG[1] else [])
         assert lineage == server.store.version(lineage["subject"], model["version"]).manifest
 
 
