@@ -226,10 +226,11 @@ def score_record(
     seen = judges.of_photos(photos)
     scores, by_prompt = judges.score(without_identifier, of_class, seen)
 
-    rows = [Row("Photos", photos), Row(f"The class: {one.pictures.prompt(None)}", of_class[:8])]
+    rows = [Row("Photos", photos), Row(f"The class: {one.pictures.prompt(None)}", of_class[: 2 * len(photos)])]
     rows += [Row(one.pictures.prompt(template), drawn) for template, drawn in pictures.items()]
     buffer = io.BytesIO()
-    contact_sheet(f"{one.pictures.subject}@{one.pictures.version}", rows, columns=8).save(buffer, "PNG")
+    columns = max(one.pictures.images_a_prompt, len(photos))
+    contact_sheet(f"{one.pictures.subject}@{one.pictures.version}", rows, columns).save(buffer, "PNG")
     (one.pictures.location(root) / "contact_sheet.png").write_bytes(buffer.getvalue())
     return {
         "format": 1,

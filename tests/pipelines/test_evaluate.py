@@ -97,7 +97,7 @@ def test_versions_are_drawn_scored_and_shown_and_nothing_is_done_twice(
             float((judges.clip.embed_images(drawn) * texts).sum(1).mean()), abs=1e-4
         )
         sheet = Image.open(str(one.pictures.location(store.root) / "contact_sheet.png"))
-        assert sheet.width > 1000
+        assert sheet.width > 600
         assert len(list((Path(store.root.uri) / "subjects" / "mug" / "scores" / one.version.id).iterdir())) == 1
 
     before = {path: path.stat().st_mtime_ns for path in Path(store.root.uri).rglob("*") if path.is_file()}
