@@ -81,13 +81,27 @@ class EvaluateOptions:
     """Show the logs of Ray and the workers here too."""
 
 
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is to be scored, by whom."""
+
+    store: SubjectStore
+    versions: list[PlannedEvaluation]
+    failures: dict[str, str]
+    """Subjects of a manifest that cannot be scored, with the reasons."""
+    judging: Judging
+
+
 def evaluate(options: EvaluateOptions, display: Display | None = None) -> list[Scored]:
-    """Score the versions that `options` name; raises ValueError for bad input before any work is done."""
+    """Score the versions that `options` name; raises ValueError for bad input before any work is done.
+
+    In a manifest a subject without a version or with a broken photo leaves the others alone.
+    """
     with display or Display() as shown:
-        return _evaluate(options, *plan(options), shown)
+        return _carry_out(options, plan(options), shown)
 
 
-def plan(options: EvaluateOptions) -> tuple[SubjectStore, list[PlannedEvaluation], Judging]:
+def plan(options: EvaluateOptions) -> EvaluationPlan:
     """Check everything, and find what is to be scored."""
     for name in ("images_a_prompt", "steps", "batch", "workers", "cpus_per_worker"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -100,16 +114,22 @@ def plan(options: EvaluateOptions) -> tuple[SubjectStore, list[PlannedEvaluation
         fill(template, "dog")
     store = SubjectStore(options.store)
     store.check_writable()
-    planned = [
-        PlannedEvaluation(spec, version, _pictures(options, version))
-        for spec in _specs(options)
-        for version in _versions(options, store, spec)
-    ]
-    for one in planned:
-        one.photos()
+    planned: list[PlannedEvaluation] = []
+    failures: dict[str, str] = {}
+    specs = _specs(options)
+    for spec in specs:
+        try:
+            found = [PlannedEvaluation(spec, one, _pictures(options, one)) for one in _versions(options, store, spec)]
+            found[0].photos()
+        except ValueError as error:
+            failures[spec.name] = str(error)
+        else:
+            planned += found
+    if not planned:
+        raise ValueError(next(iter(failures.values())))
     judging = _judging(options, planned)
     judging.load()
-    return store, planned, judging
+    return EvaluationPlan(store, planned, failures, judging)
 
 
 def _specs(options: EvaluateOptions) -> list[SubjectSpec]:
@@ -163,22 +183,17 @@ def _judging(options: EvaluateOptions, planned: Sequence[PlannedEvaluation]) -> 
     return Judging.embedded() if embedded else Judging(options.dino, options.clip, options.lpips)
 
 
-def _evaluate(
-    options: EvaluateOptions,
-    store: SubjectStore,
-    planned: Sequence[PlannedEvaluation],
-    judging: Judging,
-    display: Display,
-) -> list[Scored]:
+def _carry_out(options: EvaluateOptions, plan: EvaluationPlan, display: Display) -> list[Scored]:
     from pipelines.session import check_reachable, ray_session
 
     gpus = options.gpus_per_worker if options.gpus_per_worker is not None else float(torch.cuda.is_available())
     lane = Lane(options.workers or 1, options.cpus_per_worker, gpus, zero_stage=0, offload="none")
     with ray_session(lane, options.verbose) as line:
         display.say(line)
-        check_reachable(store)
-        failures = draw_pictures(store, planned, lane, display, options.workers)
-        return score_versions(store, planned, judging, lane, display, failures)
+        check_reachable(plan.store)
+        undrawn = draw_pictures(plan.store, plan.versions, lane, display, options.workers)
+        scored = score_versions(plan.store, plan.versions, plan.judging, lane, display, undrawn)
+    return scored + [Scored(subject, "", {}, reason) for subject, reason in plan.failures.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,20 +203,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     display = Display()
     try:
-        store, planned, judging = plan(options)
+        planned = plan(options)
         with display:
-            outcomes = _evaluate(options, store, planned, judging, display)
+            outcomes = _carry_out(options, planned, display)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     failed = [one for one in outcomes if one.failure]
     for one in failed:
-        display.say(f"{one.subject}@{one.version} FAILED: {one.failure}")
+        display.say(f"{'@'.join(filter(None, (one.subject, one.version)))} FAILED: {one.failure}")
     scored = [one for one in outcomes if not one.failure]
-    for line in score_table(scored, judging.names()):
+    names = planned.judging.names()
+    for line in score_table(scored, names):
         display.say(line)
     if options.csv is not None:
-        write_csv(options.csv, scored, judging.names())
+        write_csv(options.csv, scored, names)
     return 1 if failed else 0
 
 

@@ -62,7 +62,6 @@ def draw_pictures(
 ) -> dict[str, str]:
     """Draw what is missing of each version's pictures; gives the keys of sets that could not be, with the reasons."""
     sets = {one.pictures.key: one.pictures for one in planned}
-    versions = {one.pictures.key: one.version for one in planned}
     missing = {key: sorted(set(range(len(one.shards))) - one.present(store.root)) for key, one in sets.items()}
     count = {key: [len(indices) for _, indices in one.shards] for key, one in sets.items()}
     total = sum(one.count for one in sets.values())
@@ -78,8 +77,7 @@ def draw_pictures(
         for _ in range(2):
             failures, failed = {}, []
             size = min(workers, len(rows)) if workers else pool_size(lane, len(rows))
-            arguments = (store.root.uri, sets, versions)
-            for row in on_actors("pictures", rows, _Painter, arguments, lane, size) if rows else ():
+            for row in on_actors("pictures", rows, _Painter, (store.root.uri, sets), lane, size) if rows else ():
                 one = sets[row["set"]]
                 if row["failure"]:
                     failures.setdefault(one.key, row["failure"])
@@ -98,8 +96,8 @@ def _parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
 class _Painter:
     """A Ray Data actor that draws and writes shards; it keeps the version that it drew last."""
 
-    def __init__(self, store_uri: str, sets: Mapping[str, EvaluationSet], versions: Mapping[str, Version]) -> None:
-        self._store, self._sets, self._versions = SubjectStore(store_uri), sets, versions
+    def __init__(self, store_uri: str, sets: Mapping[str, EvaluationSet]) -> None:
+        self._store, self._sets = SubjectStore(store_uri), sets
         self._loaded: tuple[str, PublishedModel] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +117,9 @@ class _Painter:
     def _model(self, one: EvaluationSet) -> PublishedModel:
         if self._loaded is None or self._loaded[0] != one.key:
             self._loaded = None  # two pipelines may not fit side by side
-            self._loaded = (one.key, PublishedModel(self._store, self._versions[one.key], one.samplers))
+            version = self._store.version(one.subject, one.version)
+            assert version is not None
+            self._loaded = (one.key, PublishedModel(self._store, version, one.samplers))
         torch.set_num_threads(one.samplers[0].threads)  # it counts for the calling thread
         return self._loaded[1]
 

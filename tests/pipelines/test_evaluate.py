@@ -76,8 +76,9 @@ def test_versions_are_drawn_scored_and_shown_and_nothing_is_done_twice(
     assert [row["of"] for row in rows] == ["mug", *(f"mug@{version.id}" for version in made)]
     assert all(0 < float(row["DINO"]) <= 1 for row in rows)
 
-    _, planned, judging = plan(options)
-    for one, row in zip(planned, rows[1:], strict=True):
+    planned = plan(options)
+    judging = planned.judging
+    for one, row in zip(planned.versions, rows[1:], strict=True):
         # Drawn again by hand, and judged by the definitions.
         model = PublishedModel(store, one.version, one.pictures.samplers)
         pictures = one.pictures.pictures(store.root)
@@ -113,7 +114,8 @@ def test_a_shard_that_is_missing_is_drawn_alone_and_a_version_that_is_broken_lea
     versions: Versions, options: EvaluateOptions
 ) -> None:
     store, made = versions
-    _, planned, judging = plan(replace(options, seed=5))
+    found_plan = plan(replace(options, seed=5))
+    planned, judging = found_plan.versions, found_plan.judging
     assert draw_pictures(store, planned, LANE, Display()) == {}
     folder = Path(str(planned[0].pictures.location(store.root)))
     kept, lost = folder / "000000.parquet", folder / "000001.parquet"
@@ -133,11 +135,26 @@ def test_a_shard_that_is_missing_is_drawn_alone_and_a_version_that_is_broken_lea
 def test_by_default_all_of_dreambench_is_drawn_and_the_newest_version(
     versions: Versions, options: EvaluateOptions
 ) -> None:
-    _, [one], judging = plan(replace(options, versions="newest", prompts=(), images_a_prompt=4, class_images=100))
+    found = plan(replace(options, versions="newest", prompts=(), images_a_prompt=4, class_images=100))
+    [one], judging = found.versions, found.judging
     assert one.version.id == versions[1][-1].id
     assert one.pictures.templates == OBJECT_PROMPTS
     assert one.pictures.count == 25 * 4 + 100
     assert judging == Judging(options.dino, options.clip)
+
+
+def test_in_a_manifest_a_subject_that_cannot_be_scored_leaves_the_others_alone(
+    versions: Versions, options: EvaluateOptions, photos: Path, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "subjects.yaml"
+    manifest.write_text(
+        f"subjects:\n  - {{name: cup, images: ['{photos}'], class_noun: cup}}\n"
+        f"  - {{name: mug, images: ['{photos}'], class_noun: mug}}\n"
+    )
+    found = plan(replace(options, subject=None, images=(), manifest=str(manifest)))
+    assert [one.version.id for one in found.versions] == [version.id for version in versions[1]]
+    assert list(found.failures) == ["cup"]
+    assert "no version of 'cup'" in found.failures["cup"]
 
 
 @pytest.mark.parametrize(
