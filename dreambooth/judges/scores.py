@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -47,10 +47,10 @@ class Judging:
         """Load them; ValueError names one that cannot be."""
         if self.dino == EmbeddedDino.name:
             dino = EmbeddedDino(device=device)
-            apart = lambda pictures: 1 - _similarities(dino, pictures)  # noqa: E731
-            return Judges(dino, EmbeddedClip(device=device), apart, f"1 - {dino.name}")
+            return Judges(dino, EmbeddedClip(device=device), partial(_dissimilarities, dino), f"1 - {dino.name}")
         distances = Lpips(self.lpips, device).distances if self.lpips else None
-        return Judges(DinoJudge(self.dino, device), ClipJudge(self.clip, device, paper=True), distances, Lpips.name)
+        name = Lpips.name if distances else None
+        return Judges(DinoJudge(self.dino, device), ClipJudge(self.clip, device, paper=True), distances, name)
 
     def names(self) -> dict[str, str]:
         """The scores' names by what they are of the paper's."""
@@ -74,8 +74,8 @@ class Judges:
     clip: TextJudge
     distances: Callable[[Pictures], Tensor] | None
     """Distances (N, N) between pictures, or None without such a judge."""
-    distance: str
-    """What it is called."""
+    distance: str | None
+    """What that judge is called."""
 
     def of_photos(self, photos: Pictures) -> Photos:
         """What the scores need of a subject's photos."""
@@ -128,9 +128,9 @@ def mean_of_pairs(matrix: Tensor) -> float | None:
     return float((matrix.sum() - matrix.trace()) / (count * (count - 1))) if count > 1 else None
 
 
-def _similarities(judge: Judge, pictures: Pictures) -> Tensor:
+def _dissimilarities(judge: Judge, pictures: Pictures) -> Tensor:
     vectors = judge.embed_images(pictures)
-    return vectors @ vectors.T
+    return 1 - vectors @ vectors.T
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
