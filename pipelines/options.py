@@ -31,8 +31,11 @@ class SubjectOptions:
     judge that ships with it."""
     identifier: str | None = None
     """The rare token(s) [V] that will name the subject. By default found by the paper's rule."""
+    bare_identifier: bool = False
+    """Call the subject "[V]" without its class noun, as the paper's ablation in table 4 does."""
     manifest: str | None = None
-    """Many subjects: a YAML file, or a folder with one folder a subject. Takes the place of the four options above."""
+    """Many subjects: a YAML file, or a folder with one folder a subject. Takes the place of subject, images, class noun
+    and identifier above."""
     captions: bool = False
     """Label each photo with the text file beside it (1.txt for 1.jpg), where {subject} stands for "[V] [class noun]".
     By default all are labelled "a [V] [class noun]"."""

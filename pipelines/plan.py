@@ -170,6 +170,7 @@ def _training(options: Options, backbone: Backbone, low_resolution: LowResolutio
         frames=_frames(backbone, resolution) if chosen.buckets else (),
         prior_kind=options.prior.prior_kind,
         compile=chosen.compile,
+        bare_identifier=options.subject.bare_identifier,
     )
 
 
@@ -252,7 +253,7 @@ def _plan_subject(
         **_drawing(options, backbone),
     )
     templates = spec.prompts or options.samples.sample_prompts or default_samples(subject.class_noun)
-    phrase = subject_phrase(training.method, identifier.text, subject.class_noun)
+    phrase = subject_phrase(training, identifier.text, subject.class_noun)
     prompts = tuple(fill(template, phrase) for template in templates)
     backbone.tokenize(prompts)
     run = Run(

@@ -56,6 +56,8 @@ class Training:
     prior_kind: PriorKind = "images"
     """The target of the prior term: the class-prior images, or the frozen teacher's prediction on them."""
     compile: bool = False
+    bare_identifier: bool = False
+    """The subject is called [V] alone, without its class noun."""
 
     def frame_of(self, photo: Size) -> Size:
         """The frame in which a photo of this size is shown."""
@@ -136,7 +138,7 @@ class Run:
     @property
     def phrase(self) -> str:
         """What the subject is called in prompts: [V] [class noun], or by Textual Inversion [V]."""
-        return subject_phrase(self.training.method, self.identifier, self.class_noun)
+        return subject_phrase(self.training, self.identifier, self.class_noun)
 
     @property
     def instance_prompt(self) -> str:
@@ -158,9 +160,10 @@ class Run:
         return asdict(self)
 
 
-def subject_phrase(method: Method, identifier: str, class_noun: str) -> str:
+def subject_phrase(training: Training, identifier: str, class_noun: str) -> str:
     """What a subject is called in prompts."""
-    return identifier if method == "textual-inversion" else f"{identifier} {class_noun}"
+    bare = training.bare_identifier or training.method == "textual-inversion"
+    return identifier if bare else f"{identifier} {class_noun}"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ def kind_of(training: Mapping[str, Any]) -> str:
         parts.append("no prior term")
     elif training["prior_kind"] != "images":
         parts.append(f"prior by {training['prior_kind']}")
+    if training.get("bare_identifier"):  # versions of before this was an option do not have it
+        parts.append("no class noun")
     if any(name.startswith("text_encoder") for name in training["trained"]):
         parts.append("text trained")
     return ", ".join(parts)

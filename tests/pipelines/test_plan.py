@@ -80,6 +80,18 @@ def test_without_a_prior_term_there_are_no_prior_images(photos: Path, small_sdxl
     assert plan.missing_priors() == {}
 
 
+def test_a_bare_identifier_stands_for_the_subject_without_its_noun(
+    photos: Path, small_sdxl: Path, tmp_path: Path
+) -> None:
+    [usual] = plan_of(photos, small_sdxl, tmp_path).subjects
+    [bare] = plan_of(photos, small_sdxl, tmp_path, "--bare-identifier").subjects
+    assert usual.run.instance_prompt == f"a {usual.run.identifier} mug"
+    assert bare.run.instance_prompt == f"a {usual.run.identifier}"
+    assert bare.run.sample_prompts[1] == f"a {usual.run.identifier} on the beach"
+    assert (bare.run.class_prompt, bare.run.prior) == ("a mug", usual.run.prior)
+    assert bare.run.version != usual.run.version
+
+
 def test_a_backbone_without_a_batch_of_its_own_takes_its_familys_preset(
     photos: Path, small_sdxl: Path, small_stable_diffusion: Path, tmp_path: Path
 ) -> None:

@@ -54,3 +54,4 @@ def test_what_the_papers_tables_tell_apart_is_told_apart() -> None:
     assert kind_of(TRAINING | {"method": "textual-inversion"}) == "Textual Inversion, 400 steps"
     assert kind_of(TRAINING | {"prior_kind": "teacher"}) == "DreamBooth, 400 steps, prior by teacher"
     assert kind_of(TRAINING | {"trained": ["unet", "text_encoder"]}) == "DreamBooth, 400 steps, text trained"
+    assert kind_of(TRAINING | {"bare_identifier": True}) == "DreamBooth, 400 steps, no class noun"
