@@ -28,7 +28,7 @@ def _runs(version: Version) -> list[dict[str, Any]]:
 
 
 class PublishedModel:
-    """The stages of a version on one device."""
+    """The stages of a version on one device; an upscaler, which has learned nothing of the subject, is left out."""
 
     def __init__(self, store: SubjectStore, version: Version, samplers: Sequence[SamplerSettings]) -> None:
         """Load the version's networks, and its backbones' for the rest."""
