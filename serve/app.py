@@ -74,8 +74,8 @@ class Arguments(BaseModel):
     precision: Literal["fp32", "bf16"] | None = None
     """Precision of the networks. By default bf16 on GPUs, fp32 on CPUs."""
     batch: int | None = Field(None, ge=1)
-    """Images of a subject that are drawn together. By default 8 on GPUs, and 1 on CPUs: more gain less there (a third,
-    with 16 clients), and an image that is drawn alone always has the same bytes."""
+    """Images of a subject that are drawn together. By default 8 on GPUs, and 1 on CPUs: more gain less there, and an
+    image that is drawn alone always has the same bytes."""
 
     host_memory: float = Field(8.0, gt=0)
     """GiB of host memory in which a replica keeps subjects' weights."""
