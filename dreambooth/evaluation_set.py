@@ -20,7 +20,7 @@ from dreambooth.prompts import class_prompt, fill
 from dreambooth.sampling import SamplerSettings
 from dreambooth.storage import Location, digest
 from dreambooth.streams import image_seed
-from dreambooth.subject import read_image
+from dreambooth.subject import png_bytes, read_image
 
 SCHEMA = pa.schema(
     {"template": pa.string(), "prompt": pa.string(), "index": pa.int64(), "seed": pa.int64(), "png": pa.binary()}
@@ -88,7 +88,13 @@ class EvaluationSet:
         """Write a shard atomically."""
         template, indices = self.shards[shard]
         rows = [
-            {"template": template, "prompt": self.prompt(template), "index": index, "seed": seed, "png": _png(picture)}
+            {
+                "template": template,
+                "prompt": self.prompt(template),
+                "index": index,
+                "seed": seed,
+                "png": png_bytes(picture),
+            }
             for index, seed, picture in zip(indices, self.seeds(shard), pictures, strict=True)
         ]
         buffer = io.BytesIO()
@@ -112,9 +118,3 @@ class EvaluationSet:
 
     def _shard(self, store: Location, shard: int) -> Location:
         return self.location(store) / f"{shard:06d}.parquet"
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -22,7 +22,7 @@ from dreambooth.contact_sheet import Row, contact_sheet
 from dreambooth.sampling import SamplerSettings
 from dreambooth.storage import Location, digest
 from dreambooth.streams import image_seed
-from dreambooth.subject import read_image
+from dreambooth.subject import png_bytes, read_image
 
 _PREVIEWED = 24
 
@@ -113,7 +113,7 @@ class PriorSet:
                 "prompt": self.prompt,
                 "seed": seed,
                 "backbone": self.backbone,
-                "png": _png(images[position]),
+                "png": png_bytes(Image.fromarray(images[position])),
                 "latent_shape": list(mean.shape[1:]),
                 "latent_mean": mean[position].astype("<f4").tobytes(),
                 "latent_log_variance": log_variance[position].astype("<f4").tobytes(),
@@ -149,9 +149,3 @@ class PriorSet:
 def latent(row: dict[str, Any], column: str) -> np.ndarray:
     """A latent of a row, float32 (C, h, w)."""
     return np.frombuffer(row[column], dtype="<f4").reshape(row["latent_shape"])
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()

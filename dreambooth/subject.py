@@ -112,6 +112,13 @@ def read_image(data: bytes, name: str) -> Image.Image:
         raise ValueError(f"{name}: truncated or corrupt ({error}); copy it again or leave it out") from error
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def load_subject(
     name: str,
     images: str | Path | Sequence[str | Path],
