@@ -139,10 +139,8 @@ class PriorSet:
         rows = list(self.rows(store, min(count, _PREVIEWED), ["id", "png"]))
         pictures = [read_image(row["png"], row["id"]) for row in rows]
         title = f"the first {len(rows)} of {count} class-prior images, seed {self.seed}"
-        buffer = io.BytesIO()
-        contact_sheet(self.prompt, [Row(title, pictures)]).save(buffer, "PNG")
         preview = self.location(store) / "preview.png"
-        preview.write_bytes(buffer.getvalue())
+        preview.write_bytes(png_bytes(contact_sheet(self.prompt, [Row(title, pictures)])))
         return preview
 
 

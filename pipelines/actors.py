@@ -14,8 +14,13 @@ _DEATHS = 20
 """How often an actor's process or node may die: what dies at every start must end the run, not keep it for ever."""
 
 
-def pool_size(lane: Lane, rows: int) -> int:
-    """Actors for which the cluster has room, no fewer than the lane has workers, no more than a row each."""
+def pool_size(lane: Lane, rows: int, wanted: int | None = None) -> int:
+    """Actors at work, no more than a row each: those wanted, or all that the cluster has room for.
+
+    Without a wish they are no fewer than the lane has workers, for which more nodes may come.
+    """
+    if wanted is not None:
+        return min(rows, wanted)
     have = ray.cluster_resources()
     each = {"CPU": lane.cpus_per_worker, "GPU": lane.gpus_per_worker}
     room = min(int(have.get(name, 0) / amount) for name, amount in each.items() if amount)

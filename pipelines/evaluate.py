@@ -15,6 +15,7 @@ quiet_libraries()
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Literal  # noqa: E402
 
 import torch  # noqa: E402
@@ -112,6 +113,8 @@ def plan(options: EvaluateOptions) -> EvaluationPlan:
         if PLACEHOLDER not in template:
             raise ValueError(f"prompt {template!r} does not name the subject: write {PLACEHOLDER} where it stands")
         fill(template, "dog")
+    if options.csv is not None and not Path(options.csv).expanduser().absolute().parent.is_dir():
+        raise ValueError(f"--csv {options.csv} lies in no folder that is there")
     store = SubjectStore(options.store)
     store.check_writable()
     planned: list[PlannedEvaluation] = []
@@ -192,7 +195,7 @@ def _carry_out(options: EvaluateOptions, plan: EvaluationPlan, display: Display)
         display.say(line)
         check_reachable(plan.store)
         undrawn = draw_pictures(plan.store, plan.versions, lane, display, options.workers)
-        scored = score_versions(plan.store, plan.versions, plan.judging, lane, display, undrawn)
+        scored = score_versions(plan.store, plan.versions, plan.judging, lane, display, undrawn, options.workers)
     return scored + [Scored(subject, "", {}, reason) for subject, reason in plan.failures.items()]
 
 

@@ -121,7 +121,7 @@ def _draw(
         return
     rows = [{"set": key, "shard": shard} for key, shard in shards]
     arguments = (store.root.uri, {key: sets[key] for key, _ in shards})
-    size = min(samplers, len(shards)) if samplers else pool_size(lane, len(shards))
+    size = pool_size(lane, len(shards), samplers)
     # One call draws while the other encodes and writes, or waits its turn: the device has no pause between shards, and
     # at the tail no sampler keeps more than one shard from those that are out of work.
     for row in on_actors("class_priors", rows, ClassPriorSampler, arguments, lane, size, calls=2):

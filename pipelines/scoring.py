@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from dreambooth.judges.scores import Judges, Judging
 from dreambooth.prompts import fill
 from dreambooth.storage import Location, digest
 from dreambooth.store import SubjectStore, Version
-from dreambooth.subject import Subject, SubjectSpec, load_subject, read_image
+from dreambooth.subject import Subject, SubjectSpec, load_subject, png_bytes, read_image
 from pipelines.actors import on_actors, pool_size
 from pipelines.console import Display
 from pipelines.published import PublishedModel
@@ -76,7 +75,7 @@ def draw_pictures(
         # Out of memory, numbers that are not finite, a store that is away: each row has a second try, by a new worker.
         for _ in range(2):
             failures, failed = {}, []
-            size = min(workers, len(rows)) if workers else pool_size(lane, len(rows))
+            size = pool_size(lane, len(rows), workers)
             for row in on_actors("pictures", rows, _Painter, (store.root.uri, sets), lane, size) if rows else ():
                 one = sets[row["set"]]
                 if row["failure"]:
@@ -131,6 +130,7 @@ def score_versions(
     lane: Lane,
     display: Display,
     failures: Mapping[str, str],
+    workers: int | None = None,
 ) -> list[Scored]:
     """Judge the pictures of each version, and write its scores; `failures` are those of sets that were not drawn."""
     found: dict[str, Scored] = {}
@@ -150,7 +150,7 @@ def score_versions(
                     stage.advance()
                 else:
                     waiting[key] = (one, photos, place)
-            for key, failure in _judge(store, waiting, judging, lane):
+            for key, failure in _judge(store, waiting, judging, lane, workers):
                 one, _, place = waiting[key]
                 record = {} if failure else place.read_json()
                 found[key] = Scored(one.version.subject, one.version.id, record, failure)
@@ -168,13 +168,16 @@ def scores_location(store: SubjectStore, one: PlannedEvaluation, judging: Judgin
 _Waiting = Mapping[str, tuple[PlannedEvaluation, Subject, Location]]
 
 
-def _judge(store: SubjectStore, waiting: _Waiting, judging: Judging, lane: Lane) -> Iterator[tuple[str, str]]:
+def _judge(
+    store: SubjectStore, waiting: _Waiting, judging: Judging, lane: Lane, workers: int | None
+) -> Iterator[tuple[str, str]]:
     """Score versions; yields the key of each set with what went wrong, or ""."""
     if not waiting:
         return
     rows = [{"set": key, "photos": [image.data for image in photos.images]} for key, (_, photos, _) in waiting.items()]
     plans = {key: (one, photos_record(one, photos), place) for key, (one, photos, place) in waiting.items()}
-    for row in on_actors("scores", rows, _Jury, (store.root.uri, plans, judging), lane, pool_size(lane, len(rows))):
+    size = pool_size(lane, len(rows), workers)
+    for row in on_actors("scores", rows, _Jury, (store.root.uri, plans, judging), lane, size):
         yield row["set"], row["failure"]
 
 
@@ -205,14 +208,12 @@ class _Jury:
         failure = ""
         try:
             photos = [read_image(data, f"photo {number}") for number, data in enumerate(row["photos"])]
-            place.write_json(self._record(one, photos) | of_photos)
+            record = score_record(one, photos, self._judging, self._judges, self._root)
+            place.write_json(record | of_photos)
         except (ArithmeticError, RuntimeError, OSError, ValueError) as error:
             traceback.print_exc()
             failure = f"{type(error).__name__}: {error}"
         return {"set": row["set"], "failure": failure}
-
-    def _record(self, one: PlannedEvaluation, photos: list[Any]) -> dict[str, Any]:
-        return score_record(one, photos, self._judging, self._judges, self._root)
 
 
 def score_record(
@@ -228,10 +229,9 @@ def score_record(
 
     rows = [Row("Photos", photos), Row(f"The class: {one.pictures.prompt(None)}", of_class[: 2 * len(photos)])]
     rows += [Row(one.pictures.prompt(template), drawn) for template, drawn in pictures.items()]
-    buffer = io.BytesIO()
     columns = max(one.pictures.images_a_prompt, len(photos))
-    contact_sheet(f"{one.pictures.subject}@{one.pictures.version}", rows, columns).save(buffer, "PNG")
-    (one.pictures.location(root) / "contact_sheet.png").write_bytes(buffer.getvalue())
+    sheet = contact_sheet(f"{one.pictures.subject}@{one.pictures.version}", rows, columns)
+    (one.pictures.location(root) / "contact_sheet.png").write_bytes(png_bytes(sheet))
     return {
         "format": 1,
         "subject": one.pictures.subject,

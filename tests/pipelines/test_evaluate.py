@@ -169,6 +169,7 @@ def test_in_a_manifest_a_subject_that_cannot_be_scored_leaves_the_others_alone(
         ({"prompts": ("a {subject} in the {place}",)}, "{place}"),
         ({"images_a_prompt": 0}, "--images-a-prompt must be above 0"),
         ({"class_images": -1}, "--class-images"),
+        ({"csv": "/nowhere/scores.csv"}, "--csv"),
         ({"dino": "/nowhere"}, "nowhere"),
         ({"lpips": "/nowhere.safetensors"}, "nowhere"),
     ],

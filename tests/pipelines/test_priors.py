@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dreambooth.store import SubjectStore
+from pipelines.actors import pool_size
 from pipelines.console import Display
 from pipelines.options import parse
 from pipelines.plan import make_plan
-from pipelines.priors import ClassPriorSampler, generate_priors, pool_size
+from pipelines.priors import ClassPriorSampler, generate_priors
 from tests.prior_sets import LANE, assert_whole, open_store, shards, small_sets, undisturbed
 from tests.small_models import write_stable_diffusion
 
@@ -140,5 +141,6 @@ def test_poisoned_shards_are_named_retried_alone_and_reported(
 def test_the_pool_takes_what_the_cluster_has() -> None:
     assert pool_size(LANE, 10) == 3
     assert pool_size(LANE, 2) == 2
+    assert [pool_size(LANE, 10, 7), pool_size(LANE, 2, 7)] == [7, 2]
     assert pool_size(replace(LANE, cpus_per_worker=2), 10) == 1
     assert pool_size(replace(LANE, workers=5), 10) == 5  # more nodes may come
