@@ -88,9 +88,10 @@ def _mark(rgb: np.ndarray, marking: str, rng: np.random.Generator) -> np.ndarray
 
 def rgb_to_hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hue in turns, saturation and value of (..., 3) pictures in [0, 1]."""
-    high, low = rgb.max(-1), rgb.min(-1)
-    span = np.maximum(high - low, 1e-6)
     r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    # Several times faster than numpy's maximum along an axis of three.
+    high, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
+    span = np.maximum(high - low, 1e-6)
     hue = np.where(high == r, (g - b) / span, np.where(high == g, 2 + (b - r) / span, 4 + (r - g) / span)) / 6
     return hue % 1.0, (high - low) / np.maximum(high, 1e-6), high
 

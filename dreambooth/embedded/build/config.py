@@ -14,10 +14,10 @@ class PoolConfig:
     """How many scenes are rendered for whom; seeds differ, so judges never see the backbone's pictures."""
 
     size: int = 64
-    backbone: int = 160_000
+    backbone: int = 192_000
     held_out: int = 2_000
-    clip: int = 160_000
-    dino: int = 80_000
+    clip: int = 256_000
+    dino: int = 96_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class VaeConfig:
 
     channels: tuple[int, ...] = (32, 64, 96)
     latent_channels: int = 8
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=12_000, batch=64, lr=1e-3, ema=0.999))
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=2_300, batch=128, lr=1e-3, ema=0.998))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TextConfig:
     projection: int = 192
     tower: tuple[int, ...] = (32, 64, 128, 192)
     recipe: Recipe = field(
-        default_factory=lambda: Recipe(steps=6_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
+        default_factory=lambda: Recipe(steps=2_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995)
     )
 
 
@@ -60,7 +60,7 @@ class UnetConfig:
     transformer_layers: tuple[int, ...] = (1, 1, 1)
     head_width: int = 32
     caption_drop: float = 0.1
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=40_000, batch=256, lr=1e-3, ema=0.9995, muon=True))
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=5_500, batch=512, lr=1.5e-3, ema=0.999, muon=True))
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class JudgeConfig:
     text_layers: int = 3
     projection: int = 128
     clip: Recipe = field(
-        default_factory=lambda: Recipe(steps=6_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995, muon=True)
+        default_factory=lambda: Recipe(steps=2_200, batch=1024, lr=1.5e-3, weight_decay=0.05, ema=0.995, muon=True)
     )
     dino: Recipe = field(
-        default_factory=lambda: Recipe(steps=6_000, batch=128, lr=1e-3, weight_decay=0.05, ema=0.995, muon=True)
+        default_factory=lambda: Recipe(steps=3_000, batch=256, lr=1e-3, weight_decay=0.05, ema=0.995, muon=True)
     )
 
 
@@ -130,10 +130,12 @@ PRESETS = {
         pool=replace(_FULL.pool, backbone=48_000, clip=128_000, dino=20_000),
         vae=replace(_FULL.vae, recipe=Recipe(steps=1_700, batch=16, lr=1e-3, warmup=100, ema=0.998)),
         text=replace(_FULL.text, recipe=replace(_FULL.text.recipe, steps=1_000, batch=128)),
-        unet=replace(_FULL.unet, recipe=replace(_FULL.unet.recipe, steps=5_700, batch=64, warmup=100, ema=0.998)),
+        unet=replace(
+            _FULL.unet, recipe=replace(_FULL.unet.recipe, steps=5_700, batch=64, lr=1e-3, warmup=100, ema=0.998)
+        ),
         judges=replace(
             _FULL.judges,
-            clip=replace(_FULL.judges.clip, steps=9_000, batch=128),
+            clip=replace(_FULL.judges.clip, steps=9_000, batch=128, lr=1e-3),
             dino=replace(_FULL.judges.dino, steps=2_000, batch=64),
         ),
     ),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetModel
 
 from dreambooth.embedded.build.pool import Pool
-from dreambooth.embedded.build.training import Clock, Recipe, autocast, batches, to_pixels, train
+from dreambooth.embedded.build.training import Clock, Recipe, autocast, batches, on_device, to_pixels, train
 
 MAX_LOGIT_SCALE = 4.6
 GROUP = 16
@@ -87,19 +87,22 @@ def train_contrast(
     contrast: Contrast, pool: Pool, tokenizer: CLIPTokenizer, recipe: Recipe, folder: Path, clock: Clock, seed: int
 ) -> None:
     """Train all towers together on the pool; `folder` holds the checkpoint."""
-    contrast.to(clock.device)
+    device = clock.device
+    contrast.to(device)
     tokens = tokenize(tokenizer, pool.captions)
     _, caption_numbers = torch.unique(tokens, dim=0, return_inverse=True)
+    # Nothing lies to the right of the longest caption but padding, which a causal tower never looks back to.
+    length = int((tokens == tokenizer.eos_token_id).int().argmax(1).max()) + 1
+    tokens, caption_numbers = tokens[:, :length].to(device), caption_numbers.to(device)
+    images = on_device(pool.images, device)
     alike = rows_alike_but_for_the_noun(pool)
 
     def loss_of(step: int) -> Tensor:
-        rows = hard_batch(alike, recipe.batch, seed, step)
-        numbers = caption_numbers[rows].to(clock.device)
-        # Nothing lies to the right of a batch's longest caption but padding, which a causal tower never looks back to.
-        length = int((tokens[rows] == tokenizer.eos_token_id).int().argmax(1).max()) + 1
-        pixels = augment(to_pixels(pool.images[rows], clock.device), step)
-        with autocast(clock.device):
-            return contrast(pixels, tokens[rows, :length].to(clock.device), (numbers[:, None] == numbers).float())
+        rows = on_device(hard_batch(alike, recipe.batch, seed, step), device)
+        numbers = caption_numbers[rows]
+        pixels = augment(to_pixels(images[rows]), step)
+        with autocast(device):
+            return contrast(pixels, tokens[rows], (numbers[:, None] == numbers).float())
 
     train(contrast, loss_of, recipe, folder, clock)
 
@@ -132,16 +135,12 @@ def hard_batch(alike: list[np.ndarray], batch: int, seed: int, step: int) -> np.
 
 def augment(pixels: Tensor, step: int) -> Tensor:
     """Mirror, turn, scale and shift each picture a little, and blur some, so that towers also read soft samples."""
-    generator = torch.Generator().manual_seed(step)
-    draws = torch.rand(5, len(pixels), generator=generator) * 2 - 1
+    generator = torch.Generator(pixels.device).manual_seed(step)
+    draws = torch.rand(6, len(pixels), generator=generator, device=pixels.device) * 2 - 1
     angle, scale, mirror = 0.15 * draws[0], 1 + 0.12 * draws[1], torch.where(draws[2] < 0, -1.0, 1.0)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     moves = torch.stack([mirror * cos, -sin, 0.12 * draws[3], mirror * sin, cos, 0.12 * draws[4]], dim=1)
-    grid = F.affine_grid(moves.view(-1, 2, 3).to(pixels), list(pixels.shape), align_corners=False)
+    grid = F.affine_grid(moves.view(-1, 2, 3), list(pixels.shape), align_corners=False)
     out = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    blurred = torch.rand(len(out), generator=generator) < 0.3
-    if blurred.any():
-        out = out.clone()
-        rows = blurred.to(out.device)
-        out[rows] = F.avg_pool2d(F.pad(out[rows], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return out
+    blurred = F.avg_pool2d(F.pad(out, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return torch.where((draws[5] < -0.4)[:, None, None, None], blurred, out)

@@ -17,7 +17,7 @@ from dreambooth.embedded.build.contrastive import (
     train_contrast,
 )
 from dreambooth.embedded.build.pool import Pool
-from dreambooth.embedded.build.training import Clock, autocast, load_average, to_pixels, train
+from dreambooth.embedded.build.training import Clock, autocast, load_average, on_device, to_pixels, train
 from dreambooth.judges.embedded import save_image_tower
 
 CLIP_SEED, DINO_SEED = 21, 22
@@ -57,11 +57,13 @@ def train_dino(pool: Pool, config: JudgeConfig, folder: Path, clock: Clock) -> N
     A batch holds `SIBLINGS` individuals of each of its nouns, so that the easy way out, naming the class, is closed.
     """
     model = Individuals(config).to(clock.device)
+    images = on_device(pool.images, clock.device)
     by_noun = pairs_by_noun(pool)
 
     def loss_of(step: int) -> Tensor:
         rows = sibling_batch(by_noun, config.dino.batch, step)
-        pixels = augment(to_pixels(pool.images[np.concatenate([2 * rows, 2 * rows + 1])], clock.device), step)
+        picked = on_device(np.concatenate([2 * rows, 2 * rows + 1]), clock.device)
+        pixels = augment(to_pixels(images[picked]), step)
         with autocast(clock.device):
             vectors = model(pixels)
         logits = vectors @ vectors.T / TEMPERATURE

@@ -102,7 +102,8 @@ def read_pool(folder: Path, count: int, size: int) -> Pool:
         joined.with_suffix(".part").rename(joined)
     numbers: dict[str, int] = {}
     individuals = np.array([numbers.setdefault(row["individual"], len(numbers)) for row in rows])
-    images = np.load(joined, mmap_mode="r")
+    # Copy-on-write: tensors take no read-only memory.
+    images = np.load(joined, mmap_mode="c")
     return Pool(images, [row["caption"] for row in rows], [row["noun"] for row in rows], individuals)
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,12 @@ def batches(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The sample numbers of a step: each epoch is one permutation fixed by (seed, epoch)."""
     per_epoch = max(1, count // batch)
     epoch, at = divmod(step, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return np.sort(order[at * batch : (at + 1) * batch])
+    return np.sort(_order(count, seed, epoch)[at * batch : (at + 1) * batch])
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def train(
@@ -240,10 +245,17 @@ def chunks(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor there, without waiting for what the device still has to do.
+
+    On a CPU it shares the array's memory, which may be a file's: a pool need not fit in.
+    """
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def to_pixels(images: Tensor) -> Tensor:
     """Pictures uint8 (N, H, W, 3) to pixels float (N, 3, H, W) in [-1, 1]."""
-    tensor = torch.from_numpy(np.array(images)).to(device)
-    return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -22,7 +22,7 @@ from dreambooth.embedded.build.config import UnetConfig
 from dreambooth.embedded.build.contrastive import tokenize
 from dreambooth.embedded.build.pool import Pool
 from dreambooth.embedded.build.text import encode_prompts
-from dreambooth.embedded.build.training import Clock, autocast, batches, chunks, to_pixels, train
+from dreambooth.embedded.build.training import Clock, autocast, batches, chunks, on_device, to_pixels, train
 
 SEED = 13
 TIME_ID_WIDTH = 32
@@ -95,8 +95,8 @@ def make_latents(
         distinct = sorted(set(pool.captions))
         number = {caption: index for index, caption in enumerate(distinct)}
         latents, time_ids = [], []
-        for part in chunks(len(pool.images), 128):
-            pixels, ids = _conditioned(to_pixels(pool.images[part], clock.device), part.start)
+        for part in chunks(len(pool.images), 512):
+            pixels, ids = _conditioned(to_pixels(on_device(pool.images[part], clock.device)), part.start)
             with autocast(clock.device):
                 posterior = vae.encode(pixels).latent_dist
             latents.append(posterior.mean.cpu().to(torch.float16).numpy())
@@ -117,7 +117,7 @@ def make_latents(
         for name, array in zip(names, arrays, strict=True):
             np.save(folder / f"{name}.npy", array)
         (folder / "done").write_text(json.dumps({"captions": len(distinct)}))
-    return Latents(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+    return Latents(*(np.load(folder / f"{name}.npy", mmap_mode="c") for name in names))
 
 
 def _conditioned(pixels: Tensor, start: int) -> tuple[Tensor, np.ndarray]:
@@ -162,17 +162,16 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
     unet.to(device, memory_format=torch.channels_last)
     scheduler = new_scheduler()
     steps = scheduler.config.num_train_timesteps
-    latents_of, ids_of, caption_of, states_of, pooled_of = (torch.from_numpy(np.array(a)).to(device) for a in data)
+    latents_of, ids_of, caption_of, states_of, pooled_of = (on_device(array, device) for array in data)
     recipe = config.recipe
     predict = torch.compile(unet) if clock.compiled else unet
     # On a CPU the backward pass of fused attention is slower than that of plain matrix products.
     attention = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else nullcontext
 
     def loss_of(step: int) -> Tensor:
-        rows = batches(len(data.latents), recipe.batch, SEED, step)
+        rows = on_device(batches(len(latents_of), recipe.batch, SEED, step), device)
         rng = torch.Generator(device).manual_seed(SEED * 1_000_003 + step)
-        picked = torch.from_numpy(rows).to(device)
-        latents, captions = latents_of[picked].float(), caption_of[picked].long()
+        latents, captions = latents_of[rows].float(), caption_of[rows].long()
         kept = (torch.rand(len(rows), generator=rng, device=device) >= config.caption_drop).float()
         states = states_of[captions].float() * kept[:, None, None]
         noise = torch.randn(latents.shape, generator=rng, device=device)
@@ -181,7 +180,7 @@ def train_unet(unet: UNet2DConditionModel, data: Latents, config: UnetConfig, fo
         target = scheduler.get_velocity(latents, noise, timesteps)
         conditions = {
             "text_embeds": pooled_of[captions].float() * kept[:, None],
-            "time_ids": ids_of[picked].float(),
+            "time_ids": ids_of[rows].float(),
         }
         with autocast(device), attention():
             predicted = predict(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=conditions).sample

@@ -8,7 +8,17 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from dreambooth.embedded.build.pool import Pool
-from dreambooth.embedded.build.training import Clock, Recipe, autocast, batches, chunks, load_average, to_pixels, train
+from dreambooth.embedded.build.training import (
+    Clock,
+    Recipe,
+    autocast,
+    batches,
+    chunks,
+    load_average,
+    on_device,
+    to_pixels,
+    train,
+)
 
 SEED = 11
 KL_WEIGHT = 1e-5
@@ -32,10 +42,12 @@ def new_vae(channels: tuple[int, ...], latent_channels: int, size: int) -> Autoe
 
 def train_vae(vae: AutoencoderKL, pool: Pool, recipe: Recipe, folder: Path, clock: Clock) -> None:
     """Train on the pool's pictures; `folder` holds the checkpoint."""
-    vae.to(clock.device)
+    vae.to(clock.device, memory_format=torch.channels_last)
+    images = on_device(pool.images, clock.device)
 
     def loss_of(step: int) -> torch.Tensor:
-        pixels = to_pixels(pool.images[batches(len(pool.images), recipe.batch, SEED, step)], clock.device)
+        rows = on_device(batches(len(images), recipe.batch, SEED, step), clock.device)
+        pixels = to_pixels(images[rows]).contiguous(memory_format=torch.channels_last)
         with autocast(clock.device):
             posterior = vae.encode(pixels).latent_dist
             restored = vae.decode(posterior.sample()).sample
@@ -55,7 +67,7 @@ def finished_vae(vae: AutoencoderKL, pool: Pool, folder: Path, device: torch.dev
     vae.to(device).requires_grad_(False)
     sample = pool.images[:: max(1, len(pool.images) // 2000)][:2000]
     means = torch.cat(
-        [vae.encode(to_pixels(sample[part], device)).latent_dist.mean for part in chunks(len(sample), 64)]
+        [vae.encode(to_pixels(on_device(sample[part], device))).latent_dist.mean for part in chunks(len(sample), 64)]
     )
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
     channels = len(mean)
@@ -74,7 +86,7 @@ def psnr(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> float:
     """Mean peak signal-to-noise ratio in dB of pictures uint8 (N, H, W, 3) encoded and decoded."""
     values = []
     for part in chunks(len(images), 64):
-        pixels = to_pixels(images[part], device)
+        pixels = to_pixels(on_device(images[part], device))
         restored = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         error = ((restored - pixels) / 2).square().mean((1, 2, 3))
         values.append(-10 * torch.log10(error))
