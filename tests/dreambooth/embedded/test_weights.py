@@ -48,7 +48,7 @@ def test_samples_show_the_noun_and_the_place_that_the_prompt_names(clip: Embedde
         by_place = clip.embed_texts([f"a {noun} {CONTEXTS[other]}" for other in places]) @ vector
         right[0] += nouns[int(by_noun.argmax())] == noun
         right[1] += places[int(by_place.argmax())] == place
-    assert right[0] >= 6
+    assert right[0] >= 7
     assert right[1] >= 7
 
 
@@ -56,11 +56,11 @@ def _photos(name: str) -> list[Image.Image]:
     return [Image.open(path) for path in sorted((subjects_path() / name).glob("*.png"))]
 
 
-def test_class_nouns_of_most_unseen_subjects_are_found(clip: EmbeddedClip) -> None:
+def test_class_nouns_of_half_of_the_unseen_subjects_are_found(clip: EmbeddedClip) -> None:
     """The card says of how many."""
     found = {name: find_class_noun(clip, _photos(name), tuple(NOUNS), "a {}").noun for name in HELD_OUT}
     right = [name for name, (noun, _) in HELD_OUT.items() if found[name] == noun]
-    assert len(right) >= 0.6 * len(HELD_OUT), found
+    assert len(right) >= len(HELD_OUT) / 2, found
 
 
 def test_individuals_are_told_from_others_of_their_class() -> None:
