@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import string
@@ -79,6 +80,23 @@ def test_clients_on_other_machines_are_refused(catalog: Catalog, rules: Rules, h
     answer = TestClient(create_api(catalog, no_draw, rules), client=(host, 1)).get("/v1/models")
     assert answer.status_code == status
     assert ("error" in answer.json()) == (status == 403)
+
+
+def test_a_stream_whose_first_image_is_late_is_an_error_with_its_status(catalog: Catalog, rules: Rules) -> None:
+    closed = asyncio.Event()
+
+    async def draw(backbone: str, order: Order) -> AsyncIterator[Drawn]:
+        try:
+            await asyncio.Event().wait()
+            yield
+        finally:
+            closed.set()
+
+    client = TestClient(create_api(catalog, draw, rules), client=("127.0.0.1", 1))
+    answer = client.post(GENERATIONS, json={"model": "mug", "prompt": "a {subject}", "stream": True, "deadline": 1})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert "not ready within 1 s" in answer.json()["error"]["message"]
+    assert closed.is_set()
 
 
 async def draw_anything(backbone: str, order: Order) -> AsyncIterator[Drawn]:

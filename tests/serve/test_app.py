@@ -22,7 +22,7 @@ import ray
 import torch
 import yaml
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from openai import APIError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
+from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 from pydantic import ValidationError
 from ray import serve
@@ -288,13 +288,9 @@ def test_the_official_client_streams_unfinished_images(server: Server) -> None:
     assert len({event.b64_json for event in events}) == 3
 
 
-def test_a_stream_that_cannot_start_is_an_error_with_its_status(server: Server) -> None:
+def test_a_stream_that_is_not_allowed_is_an_error_with_its_status(server: Server) -> None:
     assert server.generate(model="mug", stream=True, size="32x33")[0] == 400
     assert server.generate(model="mug", partial_images=1)[0] == 400
-    with pytest.raises(APIError, match="not ready within"):
-        server.client().images.generate(
-            model="mug", prompt="a", n=10, stream=True, extra_body={"num_inference_steps": 200, "deadline": 1}
-        )
 
 
 def test_a_key_sees_its_tenants_subjects_alone(server: Server) -> None:
