@@ -56,11 +56,11 @@ def _photos(name: str) -> list[Image.Image]:
     return [Image.open(path) for path in sorted((subjects_path() / name).glob("*.png"))]
 
 
-def test_class_nouns_of_half_of_the_unseen_subjects_are_found(clip: EmbeddedClip) -> None:
+def test_class_nouns_of_more_than_half_of_the_unseen_subjects_are_found(clip: EmbeddedClip) -> None:
     """The card says of how many."""
     found = {name: find_class_noun(clip, _photos(name), tuple(NOUNS), "a {}").noun for name in HELD_OUT}
     right = [name for name, (noun, _) in HELD_OUT.items() if found[name] == noun]
-    assert len(right) >= len(HELD_OUT) / 2, found
+    assert len(right) > 0.55 * len(HELD_OUT), found
 
 
 def test_individuals_are_told_from_others_of_their_class() -> None:
