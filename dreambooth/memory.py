@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dreambooth.backbones import Backbone, Conditioning, LowResolution
-from dreambooth.identifier import MAX_TOKENS
-from dreambooth.sampling import DTYPES
+from dreambooth.backbones.precision import DTYPES, in_precision
+from dreambooth.subjects.identifier import MAX_TOKENS
 
 _SMALLEST_IN_8_BIT, _BLOCK_IN_8_BIT = 4096, 256
 """bitsandbytes keeps smaller tensors in 32 bits, and one float32 scale for each block of values."""
@@ -160,11 +160,6 @@ def enable_gradient_checkpointing(network: Any) -> None:
     else:
         network.gradient_checkpointing_enable()
     network.train()  # both libraries checkpoint in training mode only
-
-
-def in_precision(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
-    """The conditioning in the type of the weights; what is counted, as positions in time are, stays exact."""
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
 
 
 def activation_bytes(

@@ -8,7 +8,7 @@ and run again, the same command goes on where it was. Exit codes: 0 all scored, 
 
 from __future__ import annotations
 
-from pipelines.console import Display, quiet_libraries
+from pipelines.runtime.console import Display, quiet_libraries
 
 quiet_libraries()
 
@@ -23,15 +23,15 @@ import tyro  # noqa: E402
 
 from dreambooth.backbones import open_backbone  # noqa: E402
 from dreambooth.embedded import sample_subject  # noqa: E402
-from dreambooth.evaluation_set import EvaluationSet  # noqa: E402
-from dreambooth.judges.scores import Judging  # noqa: E402
-from dreambooth.prompts import PLACEHOLDER, dreambench_prompts, fill  # noqa: E402
+from dreambooth.metrics.evaluation_set import EvaluationSet  # noqa: E402
+from dreambooth.metrics.scores import Judging  # noqa: E402
+from dreambooth.runs import WorkerGroup  # noqa: E402
 from dreambooth.store import SubjectStore, Version  # noqa: E402
-from dreambooth.subject import SubjectSpec, load_manifest  # noqa: E402
-from pipelines.published import published_samplers  # noqa: E402
-from pipelines.run import Lane  # noqa: E402
-from pipelines.scores_table import score_table, write_csv  # noqa: E402
-from pipelines.scoring import PlannedEvaluation, Scored, draw_pictures, score_versions  # noqa: E402
+from dreambooth.subjects.manifest import SubjectSpec, load_manifest  # noqa: E402
+from dreambooth.subjects.prompts import PLACEHOLDER, dreambench_prompts, fill  # noqa: E402
+from dreambooth.versions.pipeline import published_samplers  # noqa: E402
+from pipelines.stages.score import PlannedEvaluation, Scored, draw_pictures, score_versions  # noqa: E402
+from pipelines.stages.score_table import score_table, write_csv  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EvaluateOptions:
     clip: str = Judging.clip
     """Judge of CLIP-I and CLIP-T: hub id or folder of a CLIP."""
     lpips: str | None = None
-    """Judge of DIV: the file that `python -m dreambooth.judges.lpips FILE` writes. DIV is left out without it."""
+    """Judge of DIV: the file that `python -m dreambooth.metrics.lpips FILE` writes. DIV is left out without it."""
     embedded_judges: bool | None = None
     """Score by the judges that come with the project, under their names. By default where the embedded backbone is."""
     workers: int | None = None
@@ -187,10 +187,10 @@ def _judging(options: EvaluateOptions, planned: Sequence[PlannedEvaluation]) -> 
 
 
 def _carry_out(options: EvaluateOptions, plan: EvaluationPlan, display: Display) -> list[Scored]:
-    from pipelines.session import check_reachable, ray_session
+    from pipelines.runtime.ray_session import check_reachable, ray_session
 
     gpus = options.gpus_per_worker if options.gpus_per_worker is not None else float(torch.cuda.is_available())
-    lane = Lane(options.workers or 1, options.cpus_per_worker, gpus, zero_stage=0, offload="none")
+    lane = WorkerGroup(options.workers or 1, options.cpus_per_worker, gpus, zero_stage=0, offload="none")
     with ray_session(lane, options.verbose) as line:
         display.say(line)
         check_reachable(plan.store)

@@ -7,7 +7,7 @@ command goes on where it was. Exit codes: 0 all published, 1 a subject failed, 2
 
 from __future__ import annotations
 
-from pipelines.console import Display, quiet_libraries
+from pipelines.runtime.console import Display, quiet_libraries
 
 quiet_libraries()
 
@@ -17,11 +17,11 @@ import traceback  # noqa: E402
 from collections.abc import Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
+from dreambooth.runs import PlannedSubject, WorkerGroup  # noqa: E402
 from dreambooth.store import SubjectStore, Version  # noqa: E402
-from pipelines.describe import describe  # noqa: E402
-from pipelines.options import Options, parse  # noqa: E402
-from pipelines.plan import Plan, make_plan  # noqa: E402
-from pipelines.run import Lane, PlannedSubject  # noqa: E402
+from pipelines.planning.options import Options, parse  # noqa: E402
+from pipelines.planning.plan import Plan, make_plan  # noqa: E402
+from pipelines.planning.report import describe  # noqa: E402
 
 _SUBJECTS_A_LANE = 8
 """Subjects that a lane trains before they are published."""
@@ -61,9 +61,9 @@ def run_plan(plan: Plan, display: Display) -> list[Outcome]:
 
 
 def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: Display) -> list[Outcome]:
-    from pipelines.priors import generate_priors
-    from pipelines.session import check_reachable, ray_session
-    from pipelines.training_set import encode_training_sets
+    from pipelines.runtime.ray_session import check_reachable, ray_session
+    from pipelines.stages.encode import encode_training_sets
+    from pipelines.stages.priors import generate_priors
 
     store, lane = plan.store, waiting[0].run.lane
     with ray_session(lane, plan.options.run.verbose) as line:
@@ -90,9 +90,11 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
     return outcomes
 
 
-def _rounds(waiting: Sequence[PlannedSubject], lane: Lane, lanes: int | None) -> Iterator[Sequence[PlannedSubject]]:
+def _rounds(
+    waiting: Sequence[PlannedSubject], lane: WorkerGroup, lanes: int | None
+) -> Iterator[Sequence[PlannedSubject]]:
     """Some subjects at a time: the lanes' start-up is shared, and the weights that wait to be published stay few."""
-    from pipelines.finetune import lanes_with_room
+    from pipelines.stages.finetune import lanes_with_room
 
     size = _SUBJECTS_A_LANE * (lanes or lanes_with_room(lane))
     for start in range(0, len(waiting), size):
@@ -100,9 +102,9 @@ def _rounds(waiting: Sequence[PlannedSubject], lane: Lane, lanes: int | None) ->
 
 
 def _train_round(plan: Plan, part: Sequence[PlannedSubject], display: Display) -> Iterator[Outcome]:
-    from pipelines.checkpoints import checkpoint_folder, final_checkpoint
-    from pipelines.finetune import finetune
-    from pipelines.publish import publish
+    from pipelines.stages.finetune import finetune
+    from pipelines.stages.publish import publish
+    from pipelines.training.checkpoints import checkpoint_folder, final_checkpoint
 
     store, chosen = plan.store, plan.options
     failures: dict[str, str] = {}

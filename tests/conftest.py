@@ -9,7 +9,7 @@ import os
 os.environ["RAY_ADDRESS"] = "local"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from pipelines.console import quiet_libraries
+from pipelines.runtime.console import quiet_libraries
 
 quiet_libraries()
 
@@ -21,7 +21,7 @@ import pytest  # noqa: E402
 import ray  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from dreambooth.storage import Location  # noqa: E402
+from dreambooth.common.location import Location  # noqa: E402
 from tests.small_models import (  # noqa: E402
     write_clip,
     write_deepfloyd_if,

@@ -10,15 +10,15 @@ from pathlib import Path
 import ray
 
 from dreambooth.backbones import open_backbone
-from dreambooth.prior_set import PriorSet
-from dreambooth.sampling import SamplerSettings
-from dreambooth.storage import Location
+from dreambooth.common.location import Location
+from dreambooth.runs import WorkerGroup
+from dreambooth.sampling.prior_set import PriorSet
+from dreambooth.sampling.sampler import SamplerSettings
 from dreambooth.store import SubjectStore
-from pipelines.console import Display
-from pipelines.priors import ClassPriorSampler, generate_priors
-from pipelines.run import Lane
+from pipelines.runtime.console import Display
+from pipelines.stages.priors import ClassPriorSampler, generate_priors
 
-LANE = Lane(workers=1, cpus_per_worker=1, gpus_per_worker=0.0, zero_stage=2, offload="none")
+LANE = WorkerGroup(workers=1, cpus_per_worker=1, gpus_per_worker=0.0, zero_stage=2, offload="none")
 PROMPTS = ("a dog", "a mug", "a stuffed animal")
 
 

@@ -54,7 +54,7 @@ def later():
     from . import base
 """
     assert set(imported(source, "dreambooth.module")) == {
-        "ray.data", "json", "pipelines.plan", "ray.train", "importlib", "serve.app", "ray", "pipelines",
+        "ray.data", "json", "pipelines.planning.plan", "ray.train", "importlib", "serve.app", "ray", "pipelines",
         "serve.app.router", "dreambooth.base",
     }  # fmt: skip
 

@@ -16,8 +16,8 @@ from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
-from dreambooth.diffusion import NoiseSchedule
-from dreambooth.storage import digest
+from dreambooth.common.location import digest
+from dreambooth.objectives.variance_preserving import NoiseSchedule
 
 TokenIds = dict[str, Tensor]
 """Token ids by tokenizer name, each (B, length)."""

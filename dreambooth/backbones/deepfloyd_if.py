@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from dreambooth.backbones.base import Backbone, Conditioning, LowResolution, TokenIds
-from dreambooth.diffusion import NoiseSchedule
+from dreambooth.objectives.variance_preserving import NoiseSchedule
 
 _PROMPT_LENGTH = 77
 """Tokens for which IF was trained; T5 itself takes longer texts."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dreambooth.subject import SubjectSpec
+from dreambooth.subjects.manifest import SubjectSpec
 
 _HERE = Path(__file__).parent
 

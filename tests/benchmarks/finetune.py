@@ -9,7 +9,7 @@ Other work on the machine disturbs all sides of a ratio; each is the median of s
 
 from __future__ import annotations
 
-from pipelines.console import quiet_libraries
+from pipelines.runtime.console import quiet_libraries
 
 quiet_libraries()
 
@@ -30,19 +30,20 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from dreambooth.backbones import Backbone  # noqa: E402
-from dreambooth.sampling import to_pixels  # noqa: E402
+from dreambooth.common.images import read_image  # noqa: E402
+from dreambooth.runs import PlannedSubject  # noqa: E402
+from dreambooth.sampling.sampler import to_pixels  # noqa: E402
 from dreambooth.store import SubjectStore  # noqa: E402
-from dreambooth.subject import read_image  # noqa: E402
-from dreambooth.views import centre_view  # noqa: E402
-from pipelines.batches import Batches  # noqa: E402
-from pipelines.console import Display  # noqa: E402
-from pipelines.finetune import finetune  # noqa: E402
-from pipelines.options import parse  # noqa: E402
-from pipelines.plan import Plan, make_plan  # noqa: E402
-from pipelines.run import PlannedSubject  # noqa: E402
-from pipelines.start import read_base, start  # noqa: E402
-from pipelines.steps import train_step  # noqa: E402
-from pipelines.training_set import TrainingSetEncoder, location_of  # noqa: E402
+from dreambooth.subjects.crops import centre_view  # noqa: E402
+from pipelines.planning.options import parse  # noqa: E402
+from pipelines.planning.plan import Plan, make_plan  # noqa: E402
+from pipelines.runtime.console import Display  # noqa: E402
+from pipelines.stages.encode import TrainingSetEncoder  # noqa: E402
+from pipelines.stages.finetune import finetune  # noqa: E402
+from pipelines.training.batches import Batches  # noqa: E402
+from pipelines.training.setup import read_base, start  # noqa: E402
+from pipelines.training.train_step import train_step  # noqa: E402
+from pipelines.training.training_set import location_of  # noqa: E402
 from tests.pipelines.engines import process_group  # noqa: E402
 from tests.prior_sets import undisturbed  # noqa: E402
 

@@ -10,7 +10,7 @@ command that was stopped goes on where it was, and a file is for one kind of GPU
 
 from __future__ import annotations
 
-from pipelines.console import quiet_libraries
+from pipelines.runtime.console import quiet_libraries
 
 quiet_libraries()
 
@@ -31,15 +31,15 @@ from torch import Tensor  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dreambooth.backbones import Backbone, open_backbone  # noqa: E402
+from dreambooth.common.streams import integer, normal  # noqa: E402
 from dreambooth.memory import empty_inputs  # noqa: E402
-from dreambooth.sampling import SamplerSettings  # noqa: E402
-from dreambooth.streams import integer, normal  # noqa: E402
-from pipelines.batches import Half  # noqa: E402
-from pipelines.prefetch import Prefetch  # noqa: E402
-from pipelines.preflight import Preflight  # noqa: E402
-from pipelines.run import Lane, Run, Training  # noqa: E402
-from pipelines.start import start  # noqa: E402
-from pipelines.steps import micro_batches, train_step  # noqa: E402
+from dreambooth.runs import RunSpec, Training, WorkerGroup  # noqa: E402
+from dreambooth.sampling.sampler import SamplerSettings  # noqa: E402
+from pipelines.planning.preflight import Preflight  # noqa: E402
+from pipelines.training.batches import Minibatch  # noqa: E402
+from pipelines.training.prefetch import Prefetch  # noqa: E402
+from pipelines.training.setup import start  # noqa: E402
+from pipelines.training.train_step import micro_batches, train_step  # noqa: E402
 from tests.full_size import write_full_size  # noqa: E402
 from tests.pipelines.engines import lane, process_group, training  # noqa: E402
 from tests.small_models import write_deepfloyd_if, write_sdxl  # noqa: E402
@@ -83,17 +83,19 @@ class MadeUp:
         self._shape, self._times = latents.shape[1:], backbone.schedule.steps
         self._conditioning = {name: normal(value.shape[1:], 0, name) for name, value in conditioning.items()}
 
-    def rows(self, step: int, samples: range) -> list[Half]:
+    def rows(self, step: int, samples: range) -> list[Minibatch]:
         """As `Batches` gives them."""
         return [self._half(half, step, samples) for half in ("instance", "prior")]
 
-    def _half(self, half: str, step: int, samples: range) -> Half:
+    def _half(self, half: str, step: int, samples: range) -> Minibatch:
         def drawn(kind: str) -> Tensor:
             return torch.stack([normal(self._shape, half, kind, step, sample) for sample in samples])
 
         t = torch.tensor([integer(self._times, half, "t", step, sample) for sample in samples])
         rows = {name: value.expand(len(samples), *value.shape) for name, value in self._conditioning.items()}
-        return Half(drawn("x"), drawn("epsilon"), t, {name: value.contiguous() for name, value in rows.items()}, {})
+        return Minibatch(
+            drawn("x"), drawn("epsilon"), t, {name: value.contiguous() for name, value in rows.items()}, {}
+        )
 
 
 def random_base(backbone: Backbone, device: torch.device) -> dict[str, Tensor]:
@@ -120,7 +122,7 @@ def training_flops(backbone: Backbone, rows: int, resolution: int) -> int:
     return 3 * counter.get_total_flops()
 
 
-def settings(row: Row, backbone: Backbone, on_gpu: bool) -> Run:
+def settings(row: Row, backbone: Backbone, on_gpu: bool) -> RunSpec:
     """The run of a row."""
     resolution = backbone.default_resolution
     chosen: Training = training(
@@ -134,11 +136,11 @@ def settings(row: Row, backbone: Backbone, on_gpu: bool) -> Run:
         gradient_checkpointing=row.gradient_checkpointing,
         compile=row.compile,
     )
-    group: Lane = lane(zero_stage=row.zero_stage, offload=row.offload, gpus_per_worker=float(on_gpu))
+    group: WorkerGroup = lane(zero_stage=row.zero_stage, offload=row.offload, gpus_per_worker=float(on_gpu))
     samples = SamplerSettings(resolution, steps=1, guidance=1.0, batch=1, threads=1, precision="bf16")
     named = {"subject": "made-up", "class_noun": "dog", "identifier": "sks", "token_ids": (), "images": ()}
     prompts: dict[str, Any] = {"prior": None, "samples": samples, "sample_prompts": (), "seed": 0}
-    return Run(**named, backbone=row.family, training=chosen, lane=group, **prompts)
+    return RunSpec(**named, backbone=row.family, training=chosen, lane=group, **prompts)
 
 
 def measure(row: Row, small: bool) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def measure(row: Row, small: bool) -> dict[str, Any]:
         return found | {"mfu": flops / top if top else None}
 
 
-def _train(run: Run, backbone: Backbone, device: torch.device, made_up: MadeUp) -> tuple[float, int | None]:
+def _train(run: RunSpec, backbone: Backbone, device: torch.device, made_up: MadeUp) -> tuple[float, int | None]:
     """Seconds of a step, and on a GPU the peak of its memory in bytes."""
     engine, _, _ = start(run, backbone, random_base(backbone, device), {}, 0, "")
     if device.type == "cuda":

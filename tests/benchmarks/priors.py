@@ -8,7 +8,7 @@ Other work on the machine disturbs all sides of a ratio; each is the median of s
 
 from __future__ import annotations
 
-from pipelines.console import quiet_libraries
+from pipelines.runtime.console import quiet_libraries
 
 quiet_libraries()
 
@@ -29,12 +29,12 @@ import ray  # noqa: E402
 import torch  # noqa: E402
 
 from dreambooth.backbones import open_backbone  # noqa: E402
-from dreambooth.prior_set import PriorSet  # noqa: E402
-from dreambooth.sampling import load_pipeline, sample, to_pixels  # noqa: E402
-from dreambooth.storage import Location  # noqa: E402
+from dreambooth.common.location import Location  # noqa: E402
+from dreambooth.sampling.prior_set import PriorSet  # noqa: E402
+from dreambooth.sampling.sampler import load_pipeline, sample, to_pixels  # noqa: E402
 from dreambooth.store import SubjectStore  # noqa: E402
-from pipelines.console import Display  # noqa: E402
-from pipelines.priors import generate_priors  # noqa: E402
+from pipelines.runtime.console import Display  # noqa: E402
+from pipelines.stages.priors import generate_priors  # noqa: E402
 from tests.prior_sets import LANE, open_store, small_sets  # noqa: E402
 from tests.small_models import write_sdxl  # noqa: E402
 

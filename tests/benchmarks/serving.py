@@ -11,7 +11,7 @@ is the median of several rounds, taken in turn.
 
 from __future__ import annotations
 
-from pipelines.console import quiet_libraries
+from pipelines.runtime.console import quiet_libraries
 
 quiet_libraries()
 
@@ -40,13 +40,14 @@ from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 
 from dreambooth.backbones import open_backbone  # noqa: E402
+from dreambooth.backbones.precision import DTYPES  # noqa: E402
 from dreambooth.embedded.build.config import UnetConfig  # noqa: E402
 from dreambooth.embedded.build.unet import new_unet  # noqa: E402
-from dreambooth.sampling import DTYPES  # noqa: E402
 from dreambooth.store import SubjectStore, Version  # noqa: E402
-from serve.app import GIB, Arguments, app  # noqa: E402
-from serve.skeleton import Skeleton  # noqa: E402
-from serve.tiers import DiskTier, HostTier  # noqa: E402
+from serve.app import app  # noqa: E402
+from serve.config import GIB, ServeConfig  # noqa: E402
+from serve.engine.swap_pipeline import SwapPipeline  # noqa: E402
+from serve.engine.weight_cache import DiskCache, HostCache  # noqa: E402
 from tests.distributed.processes import processes  # noqa: E402
 from tests.distributed.traffic import Traffic, count_reads, publish_subjects, zipf  # noqa: E402
 from tests.serve.published import publish  # noqa: E402
@@ -85,7 +86,7 @@ def http() -> Iterator[str]:
 
 
 def deploy(store: SubjectStore, **arguments: Any) -> None:
-    serve.run(app(Arguments(store=store.root.uri, without_keys=True, **arguments)))
+    serve.run(app(ServeConfig(store=store.root.uri, without_keys=True, **arguments)))
 
 
 def ask(url: str, subject: str, steps: int) -> dict[str, Any]:
@@ -153,8 +154,8 @@ def swap(rounds: int) -> None:
         pipeline.save_pretrained(Path(place) / "backbone")
         store = SubjectStore(Path(place) / "store")
         versions = publish_all(store, Path(place) / "backbone", 2)
-        skeleton = Skeleton(open_backbone(Path(place) / "backbone"), torch.float32, torch.device("cpu"))
-        host = HostTier(DiskTier(store, Path(place), GIB), skeleton.base, 8 * GIB)
+        pipeline = SwapPipeline(open_backbone(Path(place) / "backbone"), torch.float32, torch.device("cpu"))
+        host = HostCache(DiskCache(store, Path(place), GIB), pipeline.base, 8 * GIB)
 
         async def held(version: Version) -> Any:
             async with host.lease(version.subject, version.id) as tensors:
@@ -170,7 +171,7 @@ def swap(rounds: int) -> None:
         for number in range(rounds + 3):
             which = number % 2
             pair = (
-                seconds(lambda which=which: skeleton.wear(f"{which}", tensors[which])),  # type: ignore[misc]
+                seconds(lambda which=which: pipeline.load_version(f"{which}", tensors[which])),  # type: ignore[misc]
                 seconds(lambda: target.copy_(source)),
             )
             if number >= 3:

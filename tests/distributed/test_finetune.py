@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreambooth.runs import PlannedSubject, RunSpec
 from dreambooth.store import SubjectStore
-from pipelines.checkpoints import checkpoints, final_checkpoint
-from pipelines.console import Display
-from pipelines.finetune import finetune
-from pipelines.lane_queue import TRIES
-from pipelines.options import parse
-from pipelines.plan import make_plan
-from pipelines.priors import generate_priors
-from pipelines.publish import publish
-from pipelines.run import PlannedSubject, Run
-from pipelines.training_set import encode_training_sets, location_of
+from pipelines.planning.options import parse
+from pipelines.planning.plan import make_plan
+from pipelines.runtime.console import Display
+from pipelines.stages.encode import encode_training_sets
+from pipelines.stages.finetune import finetune
+from pipelines.stages.priors import generate_priors
+from pipelines.stages.publish import publish
+from pipelines.training.checkpoints import checkpoints, final_checkpoint
+from pipelines.training.run_queue import TRIES
+from pipelines.training.training_set import location_of
 from tests.distributed.processes import processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("local_ray")]
@@ -52,7 +53,7 @@ def prepare(photos: Path, backbone: Path, store: Path) -> tuple[SubjectStore, Pl
     return plan.store, planned
 
 
-def variants(store: SubjectStore, base: Run, zero_stage: int, names: list[str]) -> list[Run]:
+def variants(store: SubjectStore, base: RunSpec, zero_stage: int, names: list[str]) -> list[RunSpec]:
     """Runs that are trained alike: other samples of the finished model make them runs of their own."""
     lane = replace(base.lane, zero_stage=zero_stage)
     runs = [replace(base, lane=lane, sample_prompts=(name,)) for name in names]
@@ -61,7 +62,7 @@ def variants(store: SubjectStore, base: Run, zero_stage: int, names: list[str]) 
     return runs
 
 
-def kill_one_in_each(store: SubjectStore, runs: list[Run], chance: random.Random, killed: list[int]) -> None:
+def kill_one_in_each(store: SubjectStore, runs: list[RunSpec], chance: random.Random, killed: list[int]) -> None:
     """During each run kill one of its workers, some time after one of its checkpoints."""
     for run in runs:
         after = chance.randrange(EVERY, STEPS - EVERY, EVERY)

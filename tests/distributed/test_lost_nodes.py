@@ -15,12 +15,12 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from dreambooth.runs import PlannedSubject, RunSpec
 from dreambooth.store import SubjectStore
-from pipelines.checkpoints import checkpoints, final_checkpoint
-from pipelines.console import Display
-from pipelines.finetune import finetune
-from pipelines.run import PlannedSubject, Run
-from pipelines.training_set import location_of
+from pipelines.runtime.console import Display
+from pipelines.stages.finetune import finetune
+from pipelines.training.checkpoints import checkpoints, final_checkpoint
+from pipelines.training.training_set import location_of
 from tests.distributed.processes import processes
 from tests.distributed.test_finetune import EVERY, STEPS, prepare, variants
 from tests.distributed.tokens import without_tokens
@@ -63,7 +63,7 @@ def prepared(
         cluster.remove_node(node)
 
 
-def train(store: SubjectStore, run: Run, after: int, happen: Callable[[], None], **options: Any) -> None:
+def train(store: SubjectStore, run: RunSpec, after: int, happen: Callable[[], None], **options: Any) -> None:
     """Train the run; let `happen` when a checkpoint of step `after` is there. Here: Ray's processes end with the thread
     that has started them."""
     with ThreadPoolExecutor(1) as pool:
@@ -75,7 +75,7 @@ def train(store: SubjectStore, run: Run, after: int, happen: Callable[[], None],
         assert training.result() == {}
 
 
-def weights(store: SubjectStore, run: Run) -> dict[str, torch.Tensor]:
+def weights(store: SubjectStore, run: RunSpec) -> dict[str, torch.Tensor]:
     final = final_checkpoint(store, run)
     assert final is not None
     return final.read()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from dreambooth.storage import Location
+from dreambooth.common.location import Location
 from dreambooth.store import SubjectStore
 from tests.conftest import ROOT
 from tests.prior_sets import assert_whole, open_store, small_sets, undisturbed

@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from dreambooth.storage import Location
+from dreambooth.common.location import Location
 from dreambooth.store import SubjectStore
 from tests.distributed.tokens import without_tokens
 from tests.distributed.traffic import Subjects, Traffic, deploy, publish_subjects, serving, zipf

@@ -26,7 +26,8 @@ from ray import serve
 
 from dreambooth.backbones import open_backbone
 from dreambooth.store import SubjectStore
-from serve.app import GIB, Arguments, app
+from serve.app import app
+from serve.config import GIB, ServeConfig
 from tests.serve.published import publish
 
 SEED = 3
@@ -90,7 +91,7 @@ def serving(subjects: Subjects, **arguments: Any) -> Iterator[str]:
 
 def deploy(subjects: Subjects, **arguments: Any) -> None:
     """Deploy the application, or deploy it again, and wait until it runs."""
-    serve.run(app(Arguments(store=subjects.store.root.uri, without_keys=True, **arguments)))
+    serve.run(app(ServeConfig(store=subjects.store.root.uri, without_keys=True, **arguments)))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dreambooth.sampling import DTYPES
-from pipelines.run import Lane, Training
-from pipelines.zero import full_state, overflowed, set_learning_rate, start_engine
+from dreambooth.backbones.precision import DTYPES
+from dreambooth.runs import Training, WorkerGroup
+from pipelines.engine.engine import full_state, initialize_engine, overflowed, set_learning_rate
 
 RATE = 1e-2
 
@@ -39,10 +39,10 @@ def training(**chosen: Any) -> Training:
     return Training(**settings | chosen)
 
 
-def lane(**chosen: Any) -> Lane:
+def lane(**chosen: Any) -> WorkerGroup:
     """A worker group of one process, `chosen` and else plain."""
     settings = {"workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0.0, "zero_stage": 2, "offload": "none"}
-    return Lane(**settings | chosen)
+    return WorkerGroup(**settings | chosen)
 
 
 @contextmanager
@@ -70,7 +70,7 @@ class Learner:
     def __init__(
         self,
         training: Training,
-        lane: Lane,
+        lane: WorkerGroup,
         parameters: dict[str, Tensor] | None = None,
         width: int = 96,
         disk: Path | None = None,
@@ -81,7 +81,7 @@ class Learner:
             module.load_state_dict(parameters)
         rates = {"lr": training.learning_rate, "initial_lr": training.learning_rate}
         groups = [{"params": [*module[0].parameters()], **rates}, {"params": [*module[2].parameters()], **rates}]
-        self.engine = start_engine(module, groups, training, lane, masters_of(module), str(disk))
+        self.engine = initialize_engine(module, groups, training, lane, masters_of(module), str(disk))
         self._training = training
         self.overflows = 0
 

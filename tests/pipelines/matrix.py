@@ -16,17 +16,18 @@ import torch.distributed as dist
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
+from dreambooth.runs import PlannedSubject, RunSpec
 from dreambooth.store import SubjectStore
-from pipelines.batches import Batches, joined
-from pipelines.console import quiet_libraries
-from pipelines.host_tensors import Host, HostTensors
-from pipelines.options import parse
-from pipelines.plan import make_plan
-from pipelines.run import PlannedSubject, Run
-from pipelines.start import read_base, start
-from pipelines.steps import train_step
-from pipelines.training_set import TrainingSetEncoder, location_of
-from pipelines.zero import full_state
+from pipelines.engine.engine import full_state
+from pipelines.planning.options import parse
+from pipelines.planning.plan import make_plan
+from pipelines.runtime.console import quiet_libraries
+from pipelines.stages.encode import TrainingSetEncoder
+from pipelines.training.batches import Batches, joined
+from pipelines.training.host_tensors import Host, HostTensors
+from pipelines.training.setup import build_engine, read_base
+from pipelines.training.train_step import train_step
+from pipelines.training.training_set import location_of
 from tests.pipelines.engines import process_group
 from tests.prior_sets import undisturbed
 
@@ -51,7 +52,7 @@ class Case:
         return ", ".join([*what, f"batch {self.batch}", f"ZeRO {self.zero_stage}"])
 
 
-def prepare(case: Case, backbone: Path, photos: Path, store: Path) -> Run:
+def prepare(case: Case, backbone: Path, photos: Path, store: Path) -> RunSpec:
     """The case's run, with its training set in the store; made in this process as Ray's actors make it."""
     arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(backbone), "--store", str(store)]
     arguments += ["--steps", str(STEPS + 1), "--learning-rate", "2e-3", "--workers", str(case.batch)]
@@ -69,12 +70,12 @@ def prepare(case: Case, backbone: Path, photos: Path, store: Path) -> Run:
     return run
 
 
-def train(run: Run, store: Path, folder: Path) -> None:
+def train(run: RunSpec, store: Path, folder: Path) -> None:
     """Train on this rank, and write to `folder` the terms of each step, averaged over the ranks, and the parameters."""
     rank, world = dist.get_rank(), dist.get_world_size()
     subjects = SubjectStore(store)
     backbone = subjects.open_backbone(run.backbone)
-    engine, _, _ = start(run, backbone, HostTensors(Host(), lambda: read_base(run, backbone)), {}, 0, "")
+    engine, _, _ = build_engine(run, backbone, HostTensors(Host(), lambda: read_base(run, backbone)), {}, 0, "")
     path = location_of(subjects, run).local
     assert path is not None
     batches = Batches(run, backbone, path)
@@ -104,9 +105,9 @@ class TwoRanks:
         self._done: Queue[str] = context.Queue()
         self._ranks = [context.Process(target=_rank, args=(r, folder, self._work[r], self._done)) for r in range(2)]
         for process in self._ranks:
-            process.start()
+            process.build_engine()
 
-    def train(self, run: Run, store: Path, folder: Path) -> None:
+    def train(self, run: RunSpec, store: Path, folder: Path) -> None:
         """Train in both; AssertionError, with the traceback, when one fails."""
         for work in self._work:
             work.put((run, store, folder))
@@ -136,7 +137,7 @@ def _rank(rank: int, folder: Path, work: Queue[Any], done: Queue[str]) -> None:
                 done.put("")
 
 
-def in_float64(run: Run, store: Path, parts: dict[str, Any], steps: range) -> list[tuple[float, float]]:
+def in_float64(run: RunSpec, store: Path, parts: dict[str, Any], steps: range) -> list[tuple[float, float]]:
     """Eq. 2's two terms at each step with the networks `parts` (float64), written out: no code of the objective's own.
 
     ||x̂ - x||² with weight w_t is the squared error of epsilon, or of v, as the network says it.

@@ -17,19 +17,21 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dreambooth.backbones import Backbone, LowResolution
-from dreambooth.sampling import to_pixels
+from dreambooth.common.images import read_image
+from dreambooth.common.streams import integer, normal, shuffled
+from dreambooth.methods.dreambooth import Trainable
+from dreambooth.runs import PlannedSubject, RunSpec
+from dreambooth.sampling.sampler import to_pixels
 from dreambooth.store import SubjectStore
-from dreambooth.streams import integer, normal, shuffled
-from dreambooth.subject import read_image
-from dreambooth.views import centre_view
-from pipelines.batches import Batches
-from pipelines.options import parse
+from dreambooth.subjects.crops import centre_view
 from pipelines.personalize import main
-from pipelines.plan import make_plan
-from pipelines.priors import ClassPriorSampler
-from pipelines.run import PlannedSubject, Run
-from pipelines.steps import Trainable, step_loss
-from pipelines.training_set import TrainingSetEncoder, location_of
+from pipelines.planning.options import parse
+from pipelines.planning.plan import make_plan
+from pipelines.stages.encode import TrainingSetEncoder
+from pipelines.stages.priors import ClassPriorSampler
+from pipelines.training.batches import Batches
+from pipelines.training.train_step import step_loss
+from pipelines.training.training_set import location_of
 from tests.pipelines.test_personalize import changed, personalize, published_sample, redrawn
 
 LEVEL = 120
@@ -179,7 +181,7 @@ def test_both_terms_equal_the_papers_equation_in_float64(
 ) -> None:
     store, planned = prepared
     stage = planned.stages[number]
-    run: Run = stage.run
+    run: RunSpec = stage.run
     backbone = store.open_backbone(run.backbone)
     path = location_of(store, run).local
     assert path is not None

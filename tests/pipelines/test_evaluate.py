@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth.judges.scores import Judging
-from dreambooth.prompts import OBJECT_PROMPTS
+from dreambooth.metrics.scores import Judging
 from dreambooth.store import SubjectStore, Version
+from dreambooth.subjects.prompts import OBJECT_PROMPTS
+from dreambooth.versions.pipeline import PublishedModel
 from pipelines import evaluate
-from pipelines.console import Display
 from pipelines.evaluate import EvaluateOptions, plan
-from pipelines.published import PublishedModel
-from pipelines.scoring import draw_pictures, score_versions
+from pipelines.runtime.console import Display
+from pipelines.stages.score import draw_pictures, score_versions
 from tests.pipelines.untrained_versions import publish_untrained
 from tests.prior_sets import LANE
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dreambooth.backbones import open_backbone
-from dreambooth.sampling import load_pipeline, sample
-from pipelines.run import Run
-from pipelines.trained import trained_network
+from dreambooth.runs import RunSpec
+from dreambooth.sampling.sampler import load_pipeline, sample
+from dreambooth.versions.trained import trained_network
 from tests.pipelines.engines import process_group
 from tests.pipelines.matrix import STEPS, Case, TwoRanks, in_float64, prepare, train
 from tests.small_models import write_stable_diffusion
@@ -92,7 +92,7 @@ def copies(folder: Path) -> dict[str, nn.Module]:
     return {name: backbone.load(name) for name in (backbone.denoiser, *backbone.text_encoders)}
 
 
-def draw_with_diffusers(folder: Path, published: Path, run: Run, prompt: str) -> np.ndarray:
+def draw_with_diffusers(folder: Path, published: Path, run: RunSpec, prompt: str) -> np.ndarray:
     """An image by plain diffusers: the base's pipeline with the published parts, as the README says to load them."""
     parts: dict[str, Any] = {"unet": UNet2DConditionModel.from_pretrained(published / "unet")}
     for part in published.glob("text_encoder*"):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth.store import SubjectStore, Version
-from pipelines.published import PublishedModel, published_samplers
+from dreambooth.versions.pipeline import PublishedModel, published_samplers
 from tests.conftest import ROOT
 
 SHORT = "--steps 6 --batch 2 --workers 2 --prior-images 4 --prior-batch 4 --prior-steps 3 --sample-steps 3"

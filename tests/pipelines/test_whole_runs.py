@@ -10,7 +10,7 @@ import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from PIL import Image
 
-from dreambooth.storage import Location
+from dreambooth.common.location import Location
 from dreambooth.store import SubjectStore
 from tests.pipelines.test_personalize import changed, draw_with_plain_diffusers, personalize, published_sample
 

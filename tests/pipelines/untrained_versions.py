@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from dreambooth.methods.textual_inversion import LEARNED_EMBEDS, LearnedEmbeds
 from dreambooth.store import SubjectStore, Version
-from dreambooth.textual_inversion import LEARNED_EMBEDS, LearnedEmbeds
-from pipelines.options import parse
-from pipelines.plan import make_plan
-from pipelines.publish import lineage
+from pipelines.planning.options import parse
+from pipelines.planning.plan import make_plan
+from pipelines.stages.publish import lineage
 
 
 def publish_untrained(store: SubjectStore, photos: Path, backbone: Path, *arguments: object, noise: int = 1) -> Version:

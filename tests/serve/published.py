@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from dreambooth.backbones import Backbone, open_backbone
-from dreambooth.sampling import SamplerSettings
+from dreambooth.methods.textual_inversion import LEARNED_EMBEDS, LearnedEmbeds
+from dreambooth.sampling.sampler import SamplerSettings
 from dreambooth.store import SubjectStore, Version
-from dreambooth.textual_inversion import LEARNED_EMBEDS, LearnedEmbeds
 
 SAMPLES = SamplerSettings(resolution=32, steps=3, guidance=4.0, batch=1, threads=1, precision="fp32")
 

@@ -31,8 +31,9 @@ from ray.serve.schema import ServeDeploySchema
 from transformers import CLIPTextModel
 
 from dreambooth.store import SubjectStore
-from serve.app import Arguments, app, deployment_options
-from serve.keys import KeyFolder
+from serve.api.auth import KeyFolder
+from serve.app import app, deployment_options
+from serve.config import ServeConfig
 from tests.conftest import ROOT
 from tests.serve.published import CHANGED, DOG, MUG, OLD_MUG, publish_all
 
@@ -103,7 +104,7 @@ def server(local_ray: None, small_sdxl: Path, tmp_path_factory: pytest.TempPathF
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app(Arguments(store=str(store.root), queue=4, keep=("mug",))))
+    serve.run(app(ServeConfig(store=str(store.root), queue=4, keep=("mug",))))
     yield Server(f"http://127.0.0.1:{port}", store, small_sdxl, key, dog_key)
     serve.shutdown()
 
@@ -423,18 +424,18 @@ def test_other_errors_have_the_same_shape(server: Server) -> None:
 
 def test_the_application_refuses_what_it_cannot_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="there are no keys"):
-        app(Arguments(store=str(tmp_path)))
+        app(ServeConfig(store=str(tmp_path)))
     with pytest.raises(ValueError, match="no published version"):
-        app(Arguments(store=str(tmp_path), without_keys=True))
+        app(ServeConfig(store=str(tmp_path), without_keys=True))
     for wrong in ({"replica": "2"}, {"replicas": "0"}, {"replicas": "3", "max_replicas": "2"}):
         with pytest.raises(ValidationError, match="replica"):
-            Arguments.model_validate({"store": str(tmp_path), **wrong})
+            ServeConfig.model_validate({"store": str(tmp_path), **wrong})
 
 
 def test_without_keys_the_application_refuses_to_listen_beyond_this_machine(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = Arguments(store=str(server.store.root), without_keys=True)
+    args = ServeConfig(store=str(server.store.root), without_keys=True)
     assert app(args)
     monkeypatch.setattr(HTTPOptions.model_fields["host"], "default", "0.0.0.0")
     HTTPOptions.model_rebuild(force=True)
@@ -445,19 +446,19 @@ def test_without_keys_the_application_refuses_to_listen_beyond_this_machine(
 
 
 def test_replicas_can_follow_the_load_down_to_none() -> None:
-    options = deployment_options(Arguments.model_validate({"store": "s", "replicas": "0", "max_replicas": "4"}))
+    options = deployment_options(ServeConfig.model_validate({"store": "s", "replicas": "0", "max_replicas": "4"}))
     scaling = options["autoscaling_config"]
     assert (scaling.min_replicas, scaling.max_replicas, "num_replicas" in options) == (0, 4, False)
-    assert deployment_options(Arguments(store="s", replicas=2))["num_replicas"] == 2
+    assert deployment_options(ServeConfig(store="s", replicas=2))["num_replicas"] == 2
 
 
 def test_names_can_be_given_on_the_command_line() -> None:
-    assert Arguments.model_validate({"store": "s", "keep": "mug,dog@1"}).keep == ("mug", "dog@1")
+    assert ServeConfig.model_validate({"store": "s", "keep": "mug,dog@1"}).keep == ("mug", "dog@1")
 
 
 def test_the_configuration_for_clusters_is_one_that_serve_takes() -> None:
     document = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     [application] = ServeDeploySchema(**document).applications
-    args = Arguments(**application.args)
+    args = ServeConfig(**application.args)
     assert (application.import_path, args.replicas, args.max_replicas) == ("serve.app:app", 1, 4)
     assert deployment_options(args)["ray_actor_options"] == {"num_cpus": 4, "num_gpus": 1}

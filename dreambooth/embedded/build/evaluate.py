@@ -14,8 +14,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth.class_noun import find_class_noun
-from dreambooth.contact_sheet import Row, contact_sheet
+from dreambooth.common.contact_sheet import Row, contact_sheet
 from dreambooth.embedded import subjects_path
 from dreambooth.embedded.build.config import EvaluationConfig
 from dreambooth.embedded.build.pool import Pool
@@ -23,7 +22,8 @@ from dreambooth.embedded.build.vae import psnr
 from dreambooth.embedded.instances import Instance
 from dreambooth.embedded.scenes import Scene, Sprites, caption, render, sample_scene
 from dreambooth.embedded.vocabulary import COLOURS, CONTEXTS, HELD_OUT, NOUNS
-from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
+from dreambooth.metrics.embedded import EmbeddedClip, EmbeddedDino
+from dreambooth.subjects.class_noun import find_class_noun
 
 SCENE_SEED, GALLERY_SEED = 5, 6
 STEPS, GUIDANCE = 25, 4.0

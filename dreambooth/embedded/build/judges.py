@@ -18,7 +18,7 @@ from dreambooth.embedded.build.contrastive import (
 )
 from dreambooth.embedded.build.pool import Pool
 from dreambooth.embedded.build.training import Clock, autocast, load_average, on_device, to_pixels, train
-from dreambooth.judges.embedded import save_image_tower
+from dreambooth.metrics.embedded import save_image_tower
 
 CLIP_SEED, DINO_SEED = 21, 22
 SIBLINGS = 8
@@ -91,7 +91,7 @@ def sibling_batch(by_noun: list[np.ndarray], batch: int, step: int) -> np.ndarra
 
 
 def save_judges(clip: Contrast, dino: Individuals, tokenizer: CLIPTokenizer, size: int, folder: Path) -> None:
-    """Write both judges in the shape that `dreambooth.judges.embedded` reads, weights in half precision."""
+    """Write both judges in the shape that `dreambooth.metrics.embedded` reads, weights in half precision."""
     save_image_tower(clip.image, clip.state_dict()["heads.0.weight"], size, folder / "embedded-clip")
     clip.towers()[0].half().save_pretrained(folder / "embedded-clip" / "text")
     tokenizer.save_pretrained(folder / "embedded-clip" / "tokenizer")

@@ -16,16 +16,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dreambooth.backbones import Backbone, open_backbone
-from dreambooth.contact_sheet import Row, contact_sheet
-from dreambooth.diffusion import prior_preservation_loss
+from dreambooth.common.contact_sheet import Row, contact_sheet
 from dreambooth.embedded import subjects_path
 from dreambooth.embedded.build.config import PersonalizationConfig
 from dreambooth.embedded.vocabulary import CONTEXTS, HELD_OUT
-from dreambooth.identifier import find_identifier
-from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
-from dreambooth.prompts import class_prompt, fill, instance_prompt
-from dreambooth.sampling import SamplerSettings, sample, to_pixels
-from dreambooth.views import centre_view
+from dreambooth.metrics.embedded import EmbeddedClip, EmbeddedDino
+from dreambooth.objectives.losses import prior_preservation_loss
+from dreambooth.sampling.sampler import SamplerSettings, sample, to_pixels
+from dreambooth.subjects.crops import centre_view
+from dreambooth.subjects.identifier import find_identifier
+from dreambooth.subjects.prompts import class_prompt, fill, instance_prompt
 
 SEED = 7
 SCENES = ("jungle", "snow", "beach", "fabric", "city", "house", "water", "night")

@@ -20,7 +20,7 @@ from dreambooth.embedded.build.stages import Build, run_package, run_unet
 from dreambooth.embedded.build.training import Clock, OutOfTimeError, checkpoint_step, load_average
 from dreambooth.embedded.build.vae import finished_vae, new_vae, psnr
 from dreambooth.embedded.scenes import Sprites, render
-from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
+from dreambooth.metrics.embedded import EmbeddedClip, EmbeddedDino
 from tests.dreambooth.embedded.drawings import draw_sprites
 
 CONFIG = PRESETS["tiny"]

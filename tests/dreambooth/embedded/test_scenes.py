@@ -16,7 +16,7 @@ from dreambooth.embedded.vocabulary import (
     VIEWS,
     is_held_out,
 )
-from dreambooth.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, fill
+from dreambooth.subjects.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, fill
 from tests.dreambooth.embedded.drawings import draw_sprites
 
 DOG = Instance("dog", "alpha.shape")

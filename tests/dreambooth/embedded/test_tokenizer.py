@@ -5,7 +5,7 @@ import pytest
 from dreambooth.embedded.build.config import PRESETS
 from dreambooth.embedded.build.tokenizer import train_tokenizer
 from dreambooth.embedded.vocabulary import ACCESSORIES, COLOURS, CONTEXTS, NOUNS
-from dreambooth.identifier import find_identifier
+from dreambooth.subjects.identifier import find_identifier
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth.class_noun import find_class_noun
 from dreambooth.embedded import backbone_path, subjects_path
 from dreambooth.embedded.build.package import check_sizes
 from dreambooth.embedded.vocabulary import CONTEXTS, HELD_OUT, NOUNS
-from dreambooth.judges.embedded import EmbeddedClip, EmbeddedDino
+from dreambooth.metrics.embedded import EmbeddedClip, EmbeddedDino
+from dreambooth.subjects.class_noun import find_class_noun
 
 WEIGHTS = backbone_path().parent
 

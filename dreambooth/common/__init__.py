@@ -1,0 +1,1 @@
+"""What every part stands on: places by path or URI, random streams, schedules, images."""

@@ -1,0 +1,1 @@
+"""Methods: what is trained of a backbone, and how."""

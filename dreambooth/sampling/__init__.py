@@ -1,0 +1,1 @@
+"""Sampling: how images are drawn, and the sets of class-prior images."""

@@ -1,0 +1,1 @@
+"""Subjects: photos, manifests, captions, class nouns, identifiers, prompts and crops."""

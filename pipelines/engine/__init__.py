@@ -1,0 +1,1 @@
+"""DeepSpeed: engine, configuration, optimizers and compiled operators."""

@@ -1,0 +1,1 @@
+"""Planning: from options to a plan in which everything is checked and resolved."""

@@ -1,0 +1,1 @@
+"""Runtime: Ray's start, pools of actors, and the console."""

@@ -1,0 +1,142 @@
+"""From final checkpoints to a published version: weights in diffusers' layout, samples, contact sheet, lineage.
+
+The parts that changed lie in folders named as in the backbone's; those of super-resolution in a folder of that name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from PIL import Image
+from ray.exceptions import RayActorError
+
+from dreambooth.backbones import Backbone
+from dreambooth.common.contact_sheet import Row, contact_sheet
+from dreambooth.common.images import read_image
+from dreambooth.runs import PlannedSubject, RunSpec
+from dreambooth.sampling.prior_set import PriorSet
+from dreambooth.store import SubjectStore, Version
+from dreambooth.subjects.photos import Subject
+from dreambooth.versions.pipeline import SUPER_RESOLUTION
+from dreambooth.versions.trained import TrainedStage, UpscalingStage
+from pipelines.runtime.console import Display, ProgressLine
+from pipelines.training.checkpoints import Checkpoint
+from pipelines.training.run_queue import TRIES
+
+_PRIORS_SHOWN = 6
+
+
+def publish(
+    store: SubjectStore, planned: PlannedSubject, checkpoints: Sequence[Checkpoint], display: Display
+) -> Version:
+    """Draw the sample prompts with the trained weights and publish everything as the run's version.
+
+    `checkpoints` has one for each of the run's stages. A process or node that dies is replaced, as in training.
+    """
+    run = planned.run
+    device = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}
+    with display.stage("sample", len(run.sample_prompts), "images") as stage:
+        tries = 0
+        while True:
+            tries += 1
+            publisher = ray.remote(_Publisher).options(**device).remote(store.root.uri, run, checkpoints)
+            try:
+                return _publish(publisher, planned, stage)
+            except RayActorError as error:
+                if error.actor_init_failed or tries == TRIES:
+                    raise
+                display.say(f"{run.subject}: what drew its samples died, and is begun again: {error}")
+            finally:
+                ray.kill(publisher)
+
+
+def _publish(publisher: Any, planned: PlannedSubject, stage: ProgressLine) -> Version:
+    for number, prompt in enumerate(planned.run.sample_prompts):
+        ray.get(publisher.draw.remote(number))
+        stage.reach(number + 1, note=prompt)
+    return ray.get(publisher.publish.remote(planned.subject))
+
+
+class _Publisher:
+    """An actor on a worker's resources: it holds the trained pipelines, draws, and publishes."""
+
+    def __init__(self, store_uri: str, run: RunSpec, checkpoints: Sequence[Checkpoint]) -> None:
+        self._store, self._run = SubjectStore(store_uri), run
+        self._stages = [
+            TrainedStage(self._store, stage, checkpoint.read())
+            for stage, checkpoint in zip(run.stages, checkpoints, strict=True)
+        ]
+        self._upscaler = UpscalingStage(self._store, run) if run.upscaling else None
+        self._samples: list[Image.Image] = []
+
+    def draw(self, number: int) -> None:
+        """Draw sample `number`; its seed is the run's seed plus its number."""
+        image: list[Image.Image] = []
+        for stage in self._stages:
+            image = stage.draw(self._run.sample_prompts[number], self._run.seed + number, image)
+        if self._upscaler is not None:
+            image = self._upscaler.draw(self._run.sample_prompts[number], self._run.seed + number, image)
+        self._samples += image
+
+    def publish(self, subject: Subject) -> Version:
+        """Write weights, samples and contact sheet, and publish them."""
+        run = self._run
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            first, *second = self._stages
+            manifest = lineage(run, first.backbone)
+            first.save(folder)
+            for stage, its_run in zip(second, run.stages[1:], strict=True):
+                stage.save(folder / SUPER_RESOLUTION)
+                manifest[SUPER_RESOLUTION] = {
+                    "backbone": {"family": stage.backbone.family, "hash": its_run.backbone},
+                    "components": sorted(stage.parts),
+                }
+            if self._upscaler is not None:
+                manifest["upscaler"] = self._upscaler.lineage()
+            (folder / "samples").mkdir()
+            for number, image in enumerate(self._samples):
+                image.save(folder / "samples" / f"{number:02d}.png")
+            sheet = make_contact_sheet(self._store, subject, run, self._samples)
+            sheet.save(folder / "contact_sheet.png")
+            return self._store.publish(run.subject, run.version, folder, manifest, first.parts)
+
+
+def lineage(run: RunSpec, backbone: Backbone) -> dict[str, Any]:
+    """What a version's manifest says of where it comes from."""
+    return {
+        "class_noun": run.class_noun,
+        "identifier": run.identifier,
+        "token_ids": list(run.token_ids),
+        "phrase": run.phrase,
+        "instance_prompt": run.instance_prompt,
+        "backbone": {"family": backbone.family, "hash": run.backbone},
+        "prior_set": run.prior.key if run.prior else None,
+        "instance_images": [{"name": name, "sha256": sha256} for name, sha256 in run.images],
+        "samples": [
+            {"file": f"samples/{number:02d}.png", "prompt": prompt, "seed": run.seed + number}
+            for number, prompt in enumerate(run.sample_prompts)
+        ],
+        "run": json.loads(json.dumps(dataclasses.asdict(run))),
+    }
+
+
+def make_contact_sheet(store: SubjectStore, subject: Subject, run: RunSpec, samples: list[Any]) -> Any:
+    """Instance photos, class-prior images, and samples over their prompts, as one picture."""
+    rows = [Row(f"Instance images: {run.instance_prompt}", [image.pixels() for image in subject.images])]
+    if run.prior is not None:
+        rows.append(Row(f"Class-prior images: {run.class_prompt}", prior_images(store, run.prior, run)))
+    rows.append(Row(f"Samples, seed {run.seed} and up", samples, run.sample_prompts))
+    return contact_sheet(f"{run.subject}@{run.version}", rows)
+
+
+def prior_images(store: SubjectStore, prior: PriorSet, run: RunSpec) -> list[Any]:
+    """The first few images of the run's class-prior set."""
+    count = min(_PRIORS_SHOWN, run.training.prior_images)
+    return [read_image(row["png"], row["id"]) for row in prior.rows(store.root, count, ["id", "png"])]

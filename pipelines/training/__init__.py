@@ -1,0 +1,1 @@
+"""Training: what one worker of a lane does."""

@@ -1,0 +1,114 @@
+"""Which models there are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dreambooth.backbones import FAMILIES
+from dreambooth.methods.textual_inversion import LEARNED_EMBEDS
+from dreambooth.sampling.sampler import SamplerSettings
+from dreambooth.store import SubjectStore
+from serve.catalog.index import Index
+
+_FORMAT = 1
+_PARTS = {
+    family.family: {family.denoiser, *family.image_encoders, *family.text_encoders, LEARNED_EMBEDS}
+    for family in FAMILIES
+    if family.image_encoders  # the skeleton decodes latents
+}
+"""The parts that a version may hold of a backbone, by the families that are served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A published version: what answers need of its manifest."""
+
+    subject: str
+    version: str
+    created: str
+    """ISO 8601, UTC."""
+    backbone: str
+    """Hash of its backbone."""
+    identifier: str
+    phrase: str
+    """What the subject is called in prompts."""
+    samples: SamplerSettings
+    """How the samples that it was published with were drawn."""
+    unserved: str | None
+    """Why no image of it can be drawn here; None when they can."""
+
+
+def entry_of(manifest: Mapping[str, Any]) -> Entry:
+    """What is kept of a manifest."""
+    return Entry(
+        subject=manifest["subject"],
+        version=manifest["version"],
+        created=manifest["created"],
+        backbone=manifest["backbone"]["hash"],
+        identifier=manifest["identifier"],
+        phrase=manifest["phrase"],
+        samples=SamplerSettings(**manifest["run"]["samples"]),
+        unserved=why_unserved(manifest),
+    )
+
+
+def why_unserved(manifest: Mapping[str, Any]) -> str | None:
+    """Why the images of a version would not be those that it was made for; None when they would."""
+    family, components = manifest["backbone"]["family"], manifest["components"]
+    if manifest["format"] != _FORMAT:
+        return f"its format is {manifest['format']}, and this server reads format {_FORMAT}"
+    if family not in _PARTS:
+        return f"its backbone is of the family {family}, which is not served yet"
+    if unknown := sorted(set(components) - _PARTS[family]):
+        return f"it holds {', '.join(unknown)}, which this server does not know"
+    return None
+
+
+class Catalog:
+    """The store's published versions.
+
+    Models are looked up here, so that an id that nobody published costs a dictionary lookup and reaches no replica.
+    """
+
+    def __init__(self, store: SubjectStore, backbones: Collection[str] | None = None) -> None:
+        """Nothing is read before the first question. Versions of other backbones than these are not served."""
+        self._store, self._backbones = store, backbones
+        self._index = Index(store.root / "subjects", r"[^/]+/versions/[^/]+/manifest\.json", self._keep)
+        self._entries: Mapping[str, Entry] | None = None
+        self._versions: dict[str, list[Entry]] = {}
+
+    def _keep(self, manifest: Any) -> Entry:
+        entry = entry_of(manifest)
+        if entry.unserved is None and self._backbones is not None and entry.backbone not in self._backbones:
+            return replace(entry, unserved="the server was started before its backbone came: deploy it again")
+        return entry
+
+    async def versions(self) -> Mapping[str, list[Entry]]:
+        """The versions of each subject, oldest first; subjects without any are left out."""
+        entries = await self._index.entries()
+        if entries is not self._entries:
+            found: dict[str, list[Entry]] = {}
+            for entry in sorted(entries.values(), key=lambda one: (one.subject, one.created, one.version)):
+                found.setdefault(entry.subject, []).append(entry)
+            self._entries, self._versions = entries, found
+        return self._versions
+
+    async def find(self, model: str) -> Entry | None:
+        """The version that `subject` or `subject@version` names."""
+        subject, _, wanted = model.partition("@")
+        published = (await self.versions()).get(subject, [])
+        if published and "@" not in model:
+            return published[-1]
+        return next((entry for entry in published if entry.version == wanted), None)
+
+    async def manifest(self, entry: Entry) -> dict[str, Any]:
+        """All that a version's manifest says, from the store."""
+        location = self._store.version_location(entry.subject, entry.version) / "manifest.json"
+        return await asyncio.to_thread(location.read_json)
+
+    async def scores(self, entry: Entry) -> list[dict[str, Any]]:
+        """What judges say of a version, from the store."""
+        return await asyncio.to_thread(self._store.scores, entry.subject, entry.version)

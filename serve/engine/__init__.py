@@ -1,0 +1,1 @@
+"""The replica that draws: its scheduler, pipeline and caches of weights."""

@@ -1,0 +1,277 @@
+"""Where subjects' weights wait: in host memory, on the local disk, in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import Tensor
+
+from dreambooth.common.location import Location, digest
+from dreambooth.methods.textual_inversion import LEARNED_EMBEDS, read_learned_embeds
+from dreambooth.store import SubjectStore, Version
+from serve import metrics
+from serve.engine.swap_pipeline import tensor_named
+
+_LOADS_AT_ONCE = 4
+_PATIENCE_SECONDS = 60.0
+_ALIGNMENT = 64
+_LOG = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a version changed against its backbone, by component and name, and the bytes of memory it takes."""
+
+    tensors: Mapping[str, Tensor]
+    bytes: int
+
+
+class DiskCache:
+    """Versions of a remote store on the local disk, for all replicas of the machine; one on a disk is read there."""
+
+    def __init__(self, store: SubjectStore, folder: Path, budget: int) -> None:
+        """Keep versions in `folder`; beyond `budget` bytes those that were read least recently are removed."""
+        self._store, self._folder, self._budget = store, folder, budget
+
+    def version(self, subject: str, version: str) -> Version:
+        """A published version, from the disk if it is there; LookupError when there is none."""
+        location = self._store.version_location(subject, version)
+        with contextlib.suppress(FileNotFoundError):
+            manifest = json.loads((self._folder_of(location) / "manifest.json").read_text())
+            return Version(subject, version, location, manifest)
+        published = self._store.version(subject, version)
+        if published is None:
+            raise LookupError(f"{subject}@{version} is not in {self._store.root}")
+        return published
+
+    @contextlib.contextmanager
+    def files(self, published: Version) -> Iterator[Path]:
+        """The folder of a version's files, downloaded unless it is there; it stays until the context ends."""
+        if published.location.local is not None:
+            metrics.reads.inc(tags={"tier": "store"})
+            yield published.location.local
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        folder = self._folder_of(published.location)
+        with FileLock(f"{folder}.lock"):
+            metrics.reads.inc(tags={"tier": "disk" if folder.exists() else "store"})
+            if not folder.exists():
+                with FileLock(self._folder / "room.lock"):
+                    self._make_room(sum(entry["size"] for entry in published.manifest["files"].values()))
+                self._download(published, folder)
+            os.utime(folder)
+            yield folder
+
+    def _folder_of(self, location: Location) -> Path:
+        return self._folder / f"{location.name}-{digest(location.uri, 16)}"
+
+    def _download(self, published: Version, folder: Path) -> None:
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        published.location.download(partial)
+        for name, entry in published.manifest["files"].items():
+            if Location.of(partial / name).sha256() != entry["sha256"]:
+                raise OSError(f"{published.location / name} is not what was published")
+        partial.rename(folder)
+
+    def _make_room(self, size: int) -> None:
+        kept = [path for path in self._folder.iterdir() if path.is_dir() and path.suffix != ".partial"]
+        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in kept}
+        total = sum(sizes.values())
+        for folder in sorted(kept, key=lambda path: path.stat().st_mtime):
+            if total + size <= self._budget:
+                return
+            with contextlib.suppress(Timeout), FileLock(f"{folder}.lock", timeout=0):  # locked: a replica reads it
+                partial = folder.with_name(f"{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                folder.rename(partial)  # so that who is killed while removing it leaves no half of it
+                shutil.rmtree(partial)
+                total -= sizes[folder]
+
+
+@dataclass
+class _Held:
+    """A version in host memory, or on its way there; `bytes` is 0 until there is room for it."""
+
+    loading: asyncio.Task[Weights]
+    bytes: int = 0
+    users: int = 0
+
+    @property
+    def busy(self) -> bool:
+        return self.users > 0 or not self.loading.done()
+
+
+class HostCache:
+    """Versions' tensors in host memory: each is read once however many ask for it, and stays while one uses it.
+
+    Beyond a budget of bytes, the least recently used of those that nobody uses are dropped. A version that finds no
+    room waits for others to be given back; only one that does not fit an otherwise idle tier exceeds the budget.
+    """
+
+    def __init__(self, disk: DiskCache, base: Mapping[str, Tensor], budget: int, pin: bool = False) -> None:
+        """Start empty. Tensors are kept as `base` has them (type and layout), and not at all where they are equal.
+
+        `pin` keeps them in page-locked memory, from which CUDA copies directly.
+        """
+        self._disk, self._base, self._budget, self._pin = disk, base, budget, pin
+        self._held: OrderedDict[tuple[str, str], _Held] = OrderedDict()
+        self._kept: frozenset[tuple[str, str]] = frozenset()
+        self._changed = asyncio.Event()
+        self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, "load")
+
+    @contextlib.asynccontextmanager
+    async def lease(self, subject: str, version: str) -> AsyncIterator[Mapping[str, Tensor]]:
+        """A version's tensors, which are neither dropped nor changed until the context ends."""
+        key = (subject, version)
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = _Held(asyncio.create_task(self._load(key)))
+        else:
+            metrics.reads.inc(tags={"tier": "host"})
+        held.users += 1
+        try:
+            weights = await asyncio.shield(held.loading)
+            self._held.move_to_end(key)
+            yield weights.tensors
+        finally:
+            held.users -= 1
+            self._shrink()
+            self._changed.set()
+
+    async def keep(self, versions: frozenset[tuple[str, str]]) -> None:
+        """Read these versions, and drop them no more; those kept before are as others again."""
+        self._kept = versions
+        await asyncio.gather(*(self._touch(*key) for key in versions - self._held.keys()))
+
+    async def _touch(self, subject: str, version: str) -> None:
+        async with self.lease(subject, version):
+            pass
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held, and those that the versions being read will take at most."""
+        return sum(held.bytes for held in self._held.values())
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether the version is held, or being read."""
+        return key in self._held
+
+    async def _load(self, key: tuple[str, str]) -> Weights:
+        started = time.perf_counter()
+        try:
+            published = await self._patiently(self._disk.version, *key)
+            await self._wait_for_room(key, self._most_bytes(published))
+            weights = await self._patiently(self._read, published)
+        except BaseException:
+            del self._held[key]
+            self._changed.set()
+            raise
+        self._held[key].bytes = weights.bytes
+        self._shrink()
+        self._changed.set()
+        metrics.seconds.observe(time.perf_counter() - started, tags={"stage": "load"})
+        return weights
+
+    async def _patiently(self, read: Callable[..., T], *args: Any) -> T:
+        """What `read` gives in a thread; tried again for a while when the store cannot be reached."""
+        end, pause = time.monotonic() + _PATIENCE_SECONDS, 0.5
+        while True:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, read, *args)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if time.monotonic() + pause > end:
+                    raise
+                _LOG.warning(f"cannot read the store, trying again in {pause:g} s: {error}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    async def _wait_for_room(self, key: tuple[str, str], size: int) -> None:
+        while not self._shrink(size) and any(held.bytes and held.busy for held in self._held.values()):
+            self._changed.clear()
+            await self._changed.wait()
+        self._held[key].bytes = size
+
+    def _shrink(self, room: int = 0) -> bool:
+        """Drop what nobody uses until there is `room`; False when there is not."""
+        for key, held in list(self._held.items()):
+            if self.bytes + room <= self._budget:
+                break
+            if held.bytes and not held.busy and key not in self._kept:
+                del self._held[key]
+        metrics.host_bytes.set(self.bytes)
+        return self.bytes + room <= self._budget
+
+    def _most_bytes(self, published: Version) -> int:
+        if published.components == [LEARNED_EMBEDS]:
+            return sum(entry["size"] for entry in published.manifest["files"].values())
+        return sum(
+            tensor.nbytes
+            for name, tensor in self._base.items()
+            if any(name.startswith(f"{component}.") for component in published.components)
+        )
+
+    def _read(self, published: Version) -> Weights:
+        with self._disk.files(published) as folder:
+            found: dict[str, Tensor] = {}
+            for component in published.components:
+                if component == LEARNED_EMBEDS:
+                    for encoder, token_ids, rows in read_learned_embeds(folder / component):
+                        for token, row in zip(token_ids, rows, strict=True):
+                            self._take(found, f"{component}.{encoder}[{token}]", row, published)
+                    continue
+                files = [name for name in published.manifest["files"] if name.startswith(f"{component}/")]
+                weights = [name for name in files if name.endswith(".safetensors")]
+                if not weights:
+                    raise ValueError(f"{published.subject}@{published.id} holds no {component}/*.safetensors")
+                for path in weights:
+                    with safe_open(folder / path, "pt") as file:
+                        for name in file.keys():  # noqa: SIM118, it is no dictionary
+                            self._take(found, f"{component}.{name}", file.get_tensor(name), published)
+            return self._pack(found)
+
+    def _take(self, found: dict[str, Tensor], name: str, tensor: Tensor, published: Version) -> None:
+        try:
+            base = tensor_named(self._base, name)
+        except LookupError:
+            base = None
+        if base is None or base.shape != tensor.shape:
+            raise ValueError(f"{published.subject}@{published.id} does not fit its backbone: {name}")
+        tensor = tensor.to(base.dtype)
+        if not torch.equal(tensor, base):
+            found[name] = tensor
+
+    def _pack(self, found: Mapping[str, Tensor]) -> Weights:
+        """Copy the tensors, which may be views of mapped files, into one block."""
+        starts, size = {}, 0
+        for name, tensor in found.items():
+            starts[name] = size
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if self._pin:
+            size = 1 << max(size - 1, 0).bit_length()  # torch rounds page-locked blocks up to this: count it
+        block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
+        tensors = {}
+        for name, tensor in found.items():
+            base, start = tensor_named(self._base, name), starts[name]
+            flat = block[start : start + tensor.nbytes].view(base.dtype)
+            tensors[name] = flat.as_strided(base.shape, base.stride()).copy_(tensor)
+        return Weights(tensors, size)

@@ -1,0 +1,1 @@
+"""The ingress and the router to the replicas."""
