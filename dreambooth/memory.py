@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dreambooth.backbones import Backbone, Conditioning, LowResolution
 from dreambooth.backbones.precision import DTYPES, in_precision
-from dreambooth.subjects.identifier import MAX_TOKENS
+from dreambooth.methods import find_method
 
 _SMALLEST_IN_8_BIT, _BLOCK_IN_8_BIT = 4096, 256
 """bitsandbytes keeps smaller tensors in 32 bits, and one float32 scale for each block of values."""
@@ -88,6 +88,7 @@ class Footprint:
 def footprint(
     backbone: Backbone,
     *,
+    method: str = "dreambooth",
     trained: Sequence[str],
     rows: int,
     resolution: int,
@@ -99,22 +100,17 @@ def footprint(
     teacher: bool = False,
     compiled: bool = False,
 ) -> Footprint:
-    """Measure what it takes to train the components `trained` with `rows` images in one forward pass of a worker.
+    """Measure what it takes to train the components `trained` by a method, with `rows` images in one forward pass.
 
-    Without any it is Textual Inversion: a few embeddings, and gradients through all networks into them. `ema` keeps an
-    average of the weights; a `teacher`, a frozen copy of the denoiser, lies whole on every device.
+    `ema` keeps an average of the weights; a `teacher`, a frozen copy of the denoiser, lies whole on every device.
     """
-    dtype = DTYPES[precision]
-    names = trained or (backbone.denoiser, *backbone.text_encoders)
-    networks = {name: backbone.empty(name).to(dtype) for name in names}
+    dtype, how = DTYPES[precision], find_method(method)
+    networks = {name: backbone.empty(name).to(dtype) for name in how.networks(backbone, trained)}
     if gradient_checkpointing:
         for network in networks.values():
             enable_gradient_checkpointing(network)
-    shapes = [parameter.shape for network in networks.values() for parameter in network.parameters()]
-    frozen = 0
-    if not trained:
-        frozen = sum(shape.numel() for shape in shapes) * dtype.itemsize
-        shapes = _freeze_but_embeddings(backbone, networks)
+    held = how.holdings(backbone, networks)
+    shapes, frozen = held.trained, held.frozen * dtype.itemsize
     parameters = sum(shape.numel() for shape in shapes)
     if teacher:
         frozen += dtype.itemsize * sum(parameter.numel() for parameter in networks[backbone.denoiser].parameters())
@@ -133,14 +129,6 @@ def footprint(
 def plan_memory(backbone: Backbone, *, zero_stage: int, workers: int, offload: str, **settings: Any) -> MemoryPlan:
     """The memory of each device when `workers` train with the `settings` of `footprint`."""
     return footprint(backbone, **settings).shared(zero_stage, workers, offload)
-
-
-def _freeze_but_embeddings(backbone: Backbone, networks: dict[str, Any]) -> list[torch.Size]:
-    """Let gradients flow as far as the token embeddings; returns the shapes of the longest identifier's rows there."""
-    for network in networks.values():
-        network.requires_grad_(False)
-    tables = [networks[name].get_input_embeddings().requires_grad_(True) for name in backbone.text_encoders]
-    return [torch.Size([MAX_TOKENS, table.embedding_dim]) for table in tables]
 
 
 def moment_bytes(shape: torch.Size, optimizer: str) -> int:
@@ -184,14 +172,14 @@ def empty_inputs(
 ) -> tuple[Tensor, Tensor, Conditioning]:
     """z_t (rows, C, h, w), t (rows,) and conditioning without storage; gradients flow into encoders of `networks`."""
     encoders = {name: networks.get(name) or backbone.empty(name) for name in backbone.text_encoders}
-    ids = {name: value.to("meta") for name, value in backbone.tokenize([""] * rows).items()}
+    ids = {name: value.to("meta") for name, value in backbone.text.tokenize([""] * rows).items()}
     with torch.device("meta"):
         with torch.set_grad_enabled(any(name in networks for name in backbone.text_encoders)):
-            conditioning: Conditioning = backbone.encode_text(encoders, ids)
+            conditioning: Conditioning = backbone.text.encode(encoders, ids)
         size = (resolution, resolution)
         for name, value in backbone.size_conditioning(size, (0, 0), size).items():
             conditioning[name] = value.to("meta").expand(rows, *value.shape)
-        latents = torch.empty(rows, *backbone.latent_shape(resolution), dtype=dtype)
+        latents = torch.empty(rows, *backbone.latents.shape(resolution), dtype=dtype)
         conditioning |= backbone.image_conditioning(latents, latents, LowResolution(resolution, 0))
         return latents, torch.empty(rows, dtype=torch.long), in_precision(conditioning, dtype)
 

@@ -7,16 +7,17 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dreambooth.backbones import Backbone, LowResolution
+from dreambooth.common.keys import key_form, later
 from dreambooth.common.learning_rate import Schedule
 from dreambooth.common.location import digest
+from dreambooth.methods import METHODS
 from dreambooth.sampling.prior_set import PriorSet
 from dreambooth.sampling.sampler import SamplerSettings
 from dreambooth.subjects.class_noun import FoundNoun
-from dreambooth.subjects.crops import Size, nearest_frame
+from dreambooth.subjects.crops import Size, nearest_bucket
 from dreambooth.subjects.photos import Subject
 from dreambooth.subjects.prompts import class_prompt, instance_prompt
 
-Method = Literal["dreambooth", "textual-inversion"]
 PriorKind = Literal["images", "teacher"]
 
 
@@ -24,7 +25,8 @@ PriorKind = Literal["images", "teacher"]
 class Training:
     """Settings of the fine-tuning that determine its result."""
 
-    method: Method
+    method: str
+    """The name of one of `dreambooth.methods.METHODS`."""
     trained: tuple[str, ...]
     """Networks that are trained; none by Textual Inversion."""
     resolution: int
@@ -52,20 +54,22 @@ class Training:
     views: int = 1
     """How often each photo was encoded, as flips and crops show it."""
     frames: tuple[Size, ...] = ()
-    """The frames of aspect-ratio buckets; none where all photos are cut square."""
+    """The sizes of aspect-ratio buckets; none where all photos are cut square."""
     prior_kind: PriorKind = "images"
     """The target of the prior term: the class-prior images, or the frozen teacher's prediction on them."""
     compile: bool = False
     bare_identifier: bool = False
     """The subject is called [V] alone, without its class noun."""
+    method_settings: Any = later(None)
+    """The settings of the method's own, an instance of its `settings_kind`."""
 
-    def frame_of(self, photo: Size) -> Size:
-        """The frame in which a photo of this size is shown."""
-        return nearest_frame(photo, self.frames or [(self.resolution, self.resolution)])
+    def bucket_of(self, photo: Size) -> Size:
+        """The bucket in which a photo of this size is shown."""
+        return nearest_bucket(photo, self.frames or [(self.resolution, self.resolution)])
 
     def trains_text(self, backbone: Backbone) -> bool:
         """Whether the embeddings of prompts change while training."""
-        return self.method == "textual-inversion" or any(name in self.trained for name in backbone.text_encoders)
+        return METHODS[self.method].trains_text(backbone, self.trained)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class RunSpec:
     @cached_property
     def key(self) -> str:
         """The content address of the run; the version that it publishes bears its first 12 digits."""
-        return digest(self.as_dict(), 32)
+        return digest(key_form(self), 32)
 
     @property
     def version(self) -> str:
@@ -126,7 +130,7 @@ class RunSpec:
         return self.key[:12]
 
     @property
-    def stages(self) -> tuple[RunSpec, ...]:
+    def cascade(self) -> tuple[RunSpec, ...]:
         """The stages of the cascade in the order in which they draw: this run, and its super-resolution."""
         return (self,) if self.super_resolution is None else (self, self.super_resolution)
 
@@ -162,7 +166,7 @@ class RunSpec:
 
 def subject_phrase(training: Training, identifier: str, class_noun: str) -> str:
     """What a subject is called in prompts."""
-    bare = training.bare_identifier or training.method == "textual-inversion"
+    bare = training.bare_identifier or METHODS[training.method].bare_identifier
     return identifier if bare else f"{identifier} {class_noun}"
 
 
@@ -176,6 +180,6 @@ class PlannedSubject:
     """Where the class noun comes from when nobody gave one."""
 
     @property
-    def stages(self) -> tuple[PlannedSubject, ...]:
-        """The subject with each stage of its run."""
-        return tuple(replace(self, run=run) for run in self.run.stages)
+    def cascade(self) -> tuple[PlannedSubject, ...]:
+        """The subject with each stage of its run's cascade."""
+        return tuple(replace(self, run=run) for run in self.run.cascade)

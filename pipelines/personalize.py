@@ -82,7 +82,7 @@ def _train_and_publish(plan: Plan, waiting: Sequence[PlannedSubject], display: D
         }
         outcomes = [Outcome(subject, None, reason) for subject, reason in stopped.items()]
         waiting = [one for one in waiting if one.run.subject not in stopped]
-        encode_training_sets(store, [stage for one in waiting for stage in one.stages], lane, display)
+        encode_training_sets(store, [stage for one in waiting for stage in one.cascade], lane, display)
         for planned in waiting:
             display.say(f"{planned.run.subject}: {planned.run.instance_prompt!r}, version {planned.run.version}")
         for part in _rounds(waiting, lane, plan.options.cluster.lanes):
@@ -109,7 +109,7 @@ def _train_round(plan: Plan, part: Sequence[PlannedSubject], display: Display) -
     store, chosen = plan.store, plan.options
     failures: dict[str, str] = {}
     for number in range(len(plan.backbones)):
-        runs = [planned.run.stages[number] for planned in part if planned.run.subject not in failures]
+        runs = [planned.run.cascade[number] for planned in part if planned.run.subject not in failures]
         untrained = finetune(
             store,
             runs,
@@ -127,13 +127,13 @@ def _train_round(plan: Plan, part: Sequence[PlannedSubject], display: Display) -
             yield Outcome(run.subject, None, failures[run.subject])
             continue
         try:
-            checkpoints = [final_checkpoint(store, stage) for stage in run.stages]
+            checkpoints = [final_checkpoint(store, stage) for stage in run.cascade]
             version = publish(store, planned, [found for found in checkpoints if found is not None], display)
         except Exception as error:  # whatever it is, it must not take the other subjects down
             traceback.print_exc()
             yield Outcome(run.subject, None, f"{_reason(error)} (traceback in the log)")
         else:
-            for stage in run.stages:
+            for stage in run.cascade:
                 checkpoint_folder(store, stage).delete()
             yield Outcome(run.subject, version)
 

@@ -55,8 +55,8 @@ def check(order: GenerationRequest, backbone: Backbone) -> None:
     if max(order.width, order.height) > largest:
         raise BadRequest(f"size {order.width}x{order.height} is too large for this model: a side is at most {largest}")
     try:
-        backbone.check_resolution(order.width)
-        backbone.check_resolution(order.height)
-        backbone.tokenize([order.prompt, order.negative_prompt or ""])
+        backbone.latents.check_side(order.width)
+        backbone.latents.check_side(order.height)
+        backbone.text.tokenize([order.prompt, order.negative_prompt or ""])
     except ValueError as error:
         raise BadRequest(str(error)) from error

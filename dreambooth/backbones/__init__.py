@@ -7,19 +7,25 @@ import json
 import re
 from pathlib import Path
 
-from dreambooth.backbones.base import Backbone, Conditioning, LowResolution, TokenIds
+from dreambooth.backbones.base import Backbone, LowResolution
 from dreambooth.backbones.deepfloyd_if import DeepFloydIF, DeepFloydIFSuperResolution
+from dreambooth.backbones.presets import EMBEDDED, Preset
 from dreambooth.backbones.sdxl import SDXL
 from dreambooth.backbones.stable_diffusion import StableDiffusion
+from dreambooth.backbones.text import Conditioning, TokenIds
 from dreambooth.backbones.upscaler import Upscaler
 
 FAMILIES: tuple[type[Backbone], ...] = (StableDiffusion, SDXL, DeepFloydIF, DeepFloydIFSuperResolution)
-"""Those that can be trained."""
+"""Those that can be trained. A new one is a file of its own and a name here."""
+
+PRESETS: dict[str, Preset] = {"embedded": EMBEDDED, **{family.family: family.family_preset for family in FAMILIES}}
+"""The starting points of the embedded backbone and of each family, by name."""
 
 _ALL: tuple[type[Backbone], ...] = (*FAMILIES, Upscaler)
 
 __all__ = [
     "FAMILIES",
+    "PRESETS",
     "SDXL",
     "Backbone",
     "Conditioning",

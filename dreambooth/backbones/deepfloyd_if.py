@@ -16,8 +16,11 @@ from diffusers import DDPMScheduler, IFPipeline
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from dreambooth.backbones.base import Backbone, Conditioning, LowResolution, TokenIds
-from dreambooth.objectives.variance_preserving import NoiseSchedule
+from dreambooth.backbones.base import Backbone, LowResolution
+from dreambooth.backbones.latents import PixelLatents
+from dreambooth.backbones.presets import DDPM, MachinePreset, Preset
+from dreambooth.backbones.text import Conditioning, Text, TokenIds
+from dreambooth.objectives.variance_preserving import VariancePreserving
 
 _PROMPT_LENGTH = 77
 """Tokens for which IF was trained; T5 itself takes longer texts."""
@@ -25,14 +28,51 @@ _AUGMENTATION = 1e-5
 """Variance of the noise on the small image, to which Ruiz et al. lower Imagen's 1e-3 (section 3.4)."""
 
 
+class T5Text(Text):
+    """One T5 text encoder, whose attention leaves out the padding."""
+
+    encoders = ("text_encoder",)
+    tokenizer_names = ("tokenizer",)
+
+    @cached_property
+    def _cleaner(self) -> Any:
+        """A pipeline without parts, for its way with words, which it has without them."""
+        return IFPipeline(*[None] * 7, requires_safety_checker=False)
+
+    def clean(self, prompt: str) -> str:
+        """Lower-case, without what no caption needs (links, names of files, codes), as a call to the pipeline does."""
+        [cleaned] = self._cleaner._text_preprocessing(prompt, clean_caption=True)
+        return cleaned
+
+    def length(self, tokenizer: Any) -> int:
+        """That for which IF was trained."""
+        del tokenizer
+        return _PROMPT_LENGTH
+
+    def encode(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:
+        """T5's last hidden states, (B, length, width); its attention leaves out the padding."""
+        tokens = ids["tokenizer"]
+        # (B, 1, 1, length), as T5 has it inside: into one of (B, length) it looks, which the meta device forbids.
+        mask = (tokens != self.tokenizers["tokenizer"].pad_token_id)[:, None, None, :]
+        states = encoders["text_encoder"](tokens, attention_mask=mask).last_hidden_state
+        return {"encoder_hidden_states": states}
+
+
 class DeepFloydIF(Backbone):
     """The family of `IFPipeline`, stage I."""
 
     family = "deepfloyd-if"
     pipeline_classes = ("IFPipeline",)
-    image_encoders = ()
-    text_encoders = ("text_encoder",)
-    tokenizer_names = ("tokenizer",)
+    latents_kind = PixelLatents
+    text_kind = T5Text
+    #                      steps lr    with text batch inversion   priors sampler guidance scheduler
+    family_preset = Preset(1000, 1e-7, 5e-8,     4,    3000, 2e-3, 200,   100,    7.0,     DDPM)  # fmt: skip
+    machine_presets = {  # noqa: RUF012
+        #                       steps lr    batch resolution precision ZeRO offload checkpointing
+        "1x24GB": MachinePreset(1000, 1e-7, 4,    64,        "bf16",   2,   "cpu",  False),
+        "1x80GB": MachinePreset(1000, 1e-7, 4,    64,        "bf16",   2,   "none", True),
+        "8x80GB": MachinePreset(500,  1e-7, 8,    64,        "bf16",   2,   "none", False),
+    }  # fmt: skip
 
     def _pipeline_options(self) -> dict[str, Any]:
         without = dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"))
@@ -49,53 +89,6 @@ class DeepFloydIF(Backbone):
         config = DDPMScheduler.load_config(self.folder, subfolder="scheduler")
         return {"scheduler": DDPMScheduler.from_config(config, variance_type="fixed_small")}
 
-    # -- images --------------------------------------------------------------------------------------------------------
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """Pixels are their own latents."""
-        return 1
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(3, height, width) of a square image."""
-        return (3, resolution, resolution)
-
-    def encode_images(self, encoders: Mapping[str, Any], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The pixels (B, 3, H, W) themselves, without variance."""
-        del encoders
-        return pixels, torch.full_like(pixels, -torch.inf)
-
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        """The pixels as they are."""
-        return latents
-
-    # -- text ----------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _cleaner(self) -> Any:
-        """A pipeline without parts, for its way with words, which it has without them."""
-        return IFPipeline(*[None] * 7, requires_safety_checker=False)
-
-    def clean_prompt(self, prompt: str) -> str:
-        """Lower-case, without what no caption needs (links, names of files, codes), as a call to the pipeline does."""
-        [cleaned] = self._cleaner._text_preprocessing(prompt, clean_caption=True)
-        return cleaned
-
-    def prompt_length(self, tokenizer: Any) -> int:
-        """That for which IF was trained."""
-        del tokenizer
-        return _PROMPT_LENGTH
-
-    def encode_text(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:
-        """T5's last hidden states, (B, length, width); its attention leaves out the padding."""
-        tokens = ids["tokenizer"]
-        # (B, 1, 1, length), as T5 has it inside: into one of (B, length) it looks, which the meta device forbids.
-        mask = (tokens != self.tokenizers["tokenizer"].pad_token_id)[:, None, None, :]
-        states = encoders["text_encoder"](tokens, attention_mask=mask).last_hidden_state
-        return {"encoder_hidden_states": states}
-
-    # -- denoising -----------------------------------------------------------------------------------------------------
-
     def predict(self, denoiser: nn.Module, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's epsilon, without its variance."""
         said = denoiser(z_t, t, encoder_hidden_states=conditioning["encoder_hidden_states"]).sample
@@ -107,11 +100,21 @@ class DeepFloydIFSuperResolution(DeepFloydIF):
 
     family = "deepfloyd-if-ii"
     pipeline_classes = ("IFSuperResolutionPipeline",)
+    #                      steps lr    with text batch inversion   priors sampler guidance scheduler
+    family_preset = Preset(1000, 5e-6, 2e-6,     2,    3000, 2e-3, 200,   50,     4.0,     DDPM)  # fmt: skip
+    machine_presets = {  # noqa: RUF012
+        #                       steps lr    batch resolution precision ZeRO offload checkpointing
+        "1x24GB": MachinePreset(1000, 5e-6, 2,    256,       "bf16",   2,   "cpu",  False),
+        "1x80GB": MachinePreset(1000, 5e-6, 2,    256,       "bf16",   2,   "none", False),
+        "8x80GB": MachinePreset(250,  5e-6, 8,    256,       "bf16",   2,   "none", False),
+    }  # fmt: skip
 
     @cached_property
-    def augmentation(self) -> NoiseSchedule:
+    def augmentation(self) -> VariancePreserving:
         """The noise on the small image, by level."""
-        return self._read_schedule("image_noising_scheduler")
+        schedule = VariancePreserving.from_scheduler(self.scheduler_config("image_noising_scheduler"))
+        assert schedule is not None, "the noise on the small image is variance-preserving"
+        return schedule
 
     @property
     def default_noise_level(self) -> int:

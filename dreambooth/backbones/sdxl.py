@@ -11,7 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.backbones.base import Backbone, Conditioning, TokenIds
+from dreambooth.backbones.base import Backbone
+from dreambooth.backbones.presets import EULER, MachinePreset, Preset
+from dreambooth.backbones.text import Conditioning, Text, TokenIds
+
+
+class SDXLText(Text):
+    """Two CLIP text encoders."""
+
+    encoders = ("text_encoder", "text_encoder_2")
+    tokenizer_names = ("tokenizer", "tokenizer_2")
+
+    def encode(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:
+        """Both encoders' penultimate states side by side, (B, length, width), and the second's pooled (B, width)."""
+        states = []
+        for encoder_name, tokenizer_name in zip(self.encoders, self.tokenizer_names, strict=True):
+            output = encoders[encoder_name](ids[tokenizer_name], output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+        return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": output.text_embeds}
 
 
 class SDXL(Backbone):
@@ -19,19 +36,18 @@ class SDXL(Backbone):
 
     family = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
-    text_encoders = ("text_encoder", "text_encoder_2")
-    tokenizer_names = ("tokenizer", "tokenizer_2")
+    text_kind = SDXLText
+    #                      steps lr    with text batch inversion   priors sampler guidance scheduler
+    family_preset = Preset(800,  1e-6, 5e-7,     4,    3000, 2e-3, 200,   40,     5.0,     EULER)  # fmt: skip
+    machine_presets = {  # noqa: RUF012
+        #                       steps lr    batch resolution precision ZeRO offload checkpointing
+        "1x24GB": MachinePreset(800,  1e-6, 4,    1024,      "bf16",   2,   "cpu",  True),
+        "1x80GB": MachinePreset(800,  1e-6, 4,    1024,      "bf16",   2,   "none", True),
+        "8x80GB": MachinePreset(400,  1e-6, 8,    1024,      "bf16",   2,   "none", False),
+    }  # fmt: skip
 
     def _pipeline_options(self) -> dict[str, Any]:
         return {"add_watermarker": False}
-
-    def encode_text(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:
-        """Both encoders' penultimate states side by side, (B, length, width), and the second's pooled (B, width)."""
-        states = []
-        for encoder_name, tokenizer_name in zip(self.text_encoders, self.tokenizer_names, strict=True):
-            output = encoders[encoder_name](ids[tokenizer_name], output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-        return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": output.text_embeds}
 
     def size_conditioning(
         self,

@@ -28,4 +28,4 @@ class Upscaler(StableDiffusion):
     @property
     def factor(self) -> int:
         """By how much it enlarges: the small image has the size of the latents."""
-        return self.pixels_per_latent
+        return self.latents.pixels_per_latent

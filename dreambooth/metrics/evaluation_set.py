@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dreambooth.common.images import png_bytes, read_image
+from dreambooth.common.keys import key_form
 from dreambooth.common.location import Location, digest
 from dreambooth.common.streams import image_seed
 from dreambooth.sampling.sampler import SamplerSettings
@@ -47,7 +48,7 @@ class EvaluationSet:
     @cached_property
     def key(self) -> str:
         """The content address."""
-        return digest(asdict(self), 32)
+        return digest(key_form(self), 32)
 
     def location(self, store: Location) -> Location:
         """The set's folder in a store."""

@@ -1,24 +1,28 @@
-"""The diffusion objective of DreamBooth: the noise schedule, its targets and weights, and the two-term loss.
+"""The variance-preserving objective of Stable Diffusion, SDXL and DeepFloyd IF: z_t = alpha_t x + sigma_t epsilon.
 
-Symbols are the paper's (Ruiz et al., section 3.1 and 3.3): x an image or latent, epsilon ~ N(0, I), and
-z_t = alpha_t x + sigma_t epsilon. Networks that predict epsilon or v are trained on that target; with "plain" weights
-the squared error is taken in the network's own prediction space, which is Eq. 1 up to a weight w_t.
+Networks that predict epsilon or v are trained on that target; with plain weights the squared error is taken in the
+network's own prediction space, which is Eq. 1 of Ruiz et al. up to a weight w_t.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
+
+from dreambooth.common.streams import Key, integer
+from dreambooth.objectives.base import Objective
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
+class VariancePreserving(Objective):
     """alpha_t and sigma_t for t = 0 ... T-1, and what the network predicts.
 
     `alphas_cumprod` has shape (T,) and holds alpha_t squared, as diffusers names it.
@@ -35,6 +39,14 @@ class NoiseSchedule:
                 f"the scheduler predicts {self.prediction!r}, which is not trainable here: use one of {PREDICTIONS}"
             )
 
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> VariancePreserving | None:
+        """The noise schedule and prediction type that a scheduler with betas states."""
+        if "beta_start" not in config:
+            return None
+        scheduler = DDPMScheduler.from_config(dict(config))
+        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
     @property
     def steps(self) -> int:
         """T, the number of diffusion times."""
@@ -50,6 +62,10 @@ class NoiseSchedule:
         """alpha_t and sigma_t of the times `t` (B,), shaped (B, 1, ...) to multiply a tensor of `ndim` dimensions."""
         alpha_squared = self._alphas_cumprod_on(t.device)[t].view(-1, *[1] * (ndim - 1))
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+    def draw_t(self, *key: Key) -> int:
+        """A time of 0 ... T-1, each as likely."""
+        return integer(self.steps, *key)
 
     def add_noise(self, x: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
         """z_t = alpha_t x + sigma_t epsilon, shape (B, ...)."""
@@ -82,3 +98,15 @@ class NoiseSchedule:
         if self.prediction == "sample":
             return snr.clamp(max=min_snr_gamma)
         return snr.clamp(max=min_snr_gamma) / (snr + 1)
+
+    def estimate_x(self, z_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """x-hat, shape (B, ...): what z_t would be without the noise that the network sees in it.
+
+        At alpha_t = 0 (zero terminal SNR) an epsilon prediction says nothing of x, and the estimate is not finite.
+        """
+        if self.prediction == "sample":
+            return prediction
+        alpha, sigma = self.alpha_sigma(t, z_t.ndim)
+        if self.prediction == "epsilon":
+            return (z_t - sigma * prediction) / alpha
+        return alpha * z_t - sigma * prediction

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dreambooth.common.contact_sheet import Row, contact_sheet
 from dreambooth.common.images import png_bytes, read_image
+from dreambooth.common.keys import key_form
 from dreambooth.common.location import Location, digest
 from dreambooth.common.streams import image_seed
 from dreambooth.sampling.sampler import SamplerSettings
@@ -54,7 +55,7 @@ class PriorSet:
     @cached_property
     def key(self) -> str:
         """The content address."""
-        return digest(self.as_dict(), 32)
+        return digest(key_form(self), 32)
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-like form; `from_dict` reads it."""

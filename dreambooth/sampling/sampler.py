@@ -160,7 +160,7 @@ def probe_batch(backbone: Backbone, settings: SamplerSettings, gpus: float) -> i
     def fits(batch: int) -> bool:
         try:
             images = sample(pipeline, ["a"] * batch, range(batch), replace(settings, batch=batch, steps=2))
-            backbone.encode_images(pipeline.components, to_pixels(images).to(device))
+            backbone.latents.encode(pipeline.components, to_pixels(images).to(device))
         except torch.OutOfMemoryError:
             return False
         finally:

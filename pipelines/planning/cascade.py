@@ -1,12 +1,51 @@
-"""Stage III of a cascade: its samples, enlarged once more by a model that is not trained, and that is not published."""
+"""The later stages of a cascade: super-resolution, which is trained too, and an upscaler, which stays as it is."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from dreambooth.backbones import Upscaler, open_backbone
-from dreambooth.runs import PlannedSubject, Upscaling
+from dreambooth.backbones import (
+    Backbone,
+    DeepFloydIF,
+    DeepFloydIFSuperResolution,
+    LowResolution,
+    Upscaler,
+    open_backbone,
+)
+from dreambooth.runs import PlannedSubject, Training, Upscaling
 from pipelines.planning.options import Options
+from pipelines.planning.settings import drawing, training_settings
+
+
+def super_resolution(options: Options, backbone: Backbone, training: Training) -> tuple[Backbone, Training]:
+    """The backbone that enlarges the images of `backbone`, which `training` makes, and its own training."""
+    second = open_backbone(options.model.super_resolution or "")
+    if not (isinstance(backbone, DeepFloydIF) and isinstance(second, DeepFloydIFSuperResolution)):
+        raise ValueError(
+            f"--super-resolution {second.source!r} ({second.family}) does not enlarge images of {backbone.source!r} "
+            f"({backbone.family}): give stage II of DeepFloyd IF beside its stage I"
+        )
+    if second.default_resolution <= training.resolution:
+        raise ValueError(
+            f"--super-resolution {second.source!r} draws {second.default_resolution} pixels a side, which does not "
+            f"enlarge --resolution {training.resolution}"
+        )
+    level = second.default_noise_level if options.model.noise_level is None else options.model.noise_level
+    if level >= second.augmentation.steps:
+        raise ValueError(f"--noise-level must be below {second.augmentation.steps}, not {level}")
+    return second, training_settings(options, second, LowResolution(training.resolution, level))
+
+
+def with_super_resolution(
+    planned: PlannedSubject, options: Options, *second: tuple[Backbone, Training]
+) -> PlannedSubject:
+    """Add the second stage, if there is one, to the subject's run."""
+    run = planned.run
+    for backbone, training in second:
+        samples = replace(run.samples, resolution=training.resolution, **drawing(options, backbone))
+        enlarged = replace(run, backbone=backbone.hash, training=training, prior=None, samples=samples)
+        run = replace(run, super_resolution=enlarged)
+    return replace(planned, run=run)
 
 
 def open_upscaler(options: Options) -> Upscaler | None:
@@ -28,7 +67,7 @@ def with_upscaling(planned: PlannedSubject, options: Options, upscaler: Upscaler
     """Let the upscaler, if there is one, end the cascade of the subject's run."""
     if upscaler is None:
         return planned
-    before, chosen = planned.run.stages[-1].samples, options.samples
+    before, chosen = planned.run.cascade[-1].samples, options.samples
     samples = replace(
         before,
         resolution=before.resolution * upscaler.factor,

@@ -13,7 +13,7 @@ import tyro
 import yaml
 
 from dreambooth.common.learning_rate import Schedule
-from dreambooth.runs import Method, PriorKind
+from dreambooth.runs import PriorKind
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,10 @@ class PriorOptions:
 class TrainingOptions:
     """Fine-tuning."""
 
-    method: Method = "dreambooth"
+    method: str = "dreambooth"
     """textual-inversion trains nothing but the embeddings of the identifier's tokens, for comparison: a few KB."""
+    method_settings: tuple[str, ...] = ()
+    """Settings of the method's own, NAME=VALUE each."""
     steps: int | None = None
     """Optimizer steps. By default the backbone's preset."""
     learning_rate: float | None = None

@@ -124,6 +124,7 @@ def _footprint(backbone: Backbone, training: Training, lane: WorkerGroup) -> Foo
         )
     return footprint(
         backbone,
+        method=training.method,
         trained=training.trained,
         rows=micro_batch * (2 if training.prior_weight else 1),
         resolution=training.resolution,

@@ -26,7 +26,7 @@ def describe(plan: Plan) -> Iterator[str]:
     for name, reason in plan.failures.items():
         yield f"Subject {name} cannot be personalized: {reason}"
     if plan.subjects:
-        for stage in plan.subjects[0].run.stages:
+        for stage in plan.subjects[0].run.cascade:
             yield "Training" if stage.training.low_resolution is None else "Training of super-resolution"
             for name, value in {**asdict(stage.training), **asdict(stage.lane)}.items():
                 yield f"  {name:24} {value}"
@@ -54,9 +54,9 @@ def _describe_subject(planned: PlannedSubject) -> Iterator[str]:
     yield f"  prompts       {run.instance_prompt!r}; class {run.class_prompt!r}"
     if run.training.frames or run.training.random_crop:
         for image in subject.images:
-            view = centre_view(size := (image.height, image.width), run.training.frame_of(size))
-            frame, scaled = (f"{height} x {width}" for height, width in (view.frame, view.scaled))
-            yield f"  frame         {image.name}: {frame} pixels of {scaled}"
+            view = centre_view(size := (image.height, image.width), run.training.bucket_of(size))
+            bucket, scaled = (f"{height} x {width}" for height, width in (view.bucket, view.scaled))
+            yield f"  frame         {image.name}: {bucket} pixels of {scaled}"
     for image, caption in zip(subject.images, run.captions, strict=False):
         yield f"  caption       {image.name}: {caption!r}"
     yield f"  version       {run.subject}@{run.version}"

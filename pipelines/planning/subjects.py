@@ -86,14 +86,14 @@ def identifier_of(
     options: Options, spec: SubjectSpec, backbone: Backbone, store: SubjectStore, taken: set[str]
 ) -> Identifier:
     """The subject's [V]: the one that was given, the one that it has in the store, or a new one; none is `taken`."""
-    tokenizers = tuple(backbone.tokenizers.values())
+    tokenizers = tuple(backbone.text.tokenizers.values())
     used = store.identifiers(besides=spec.name) | taken
     wanted = spec.identifier or store.identifier(spec.name)
     if wanted is None:
         return find_identifier(
-            tokenizers, seed=options.run.seed, subject=spec.name, used=used, clean=backbone.clean_prompt
+            tokenizers, seed=options.run.seed, subject=spec.name, used=used, clean=backbone.text.clean
         )
-    identifier = check_identifier(wanted, tokenizers, backbone.clean_prompt)
+    identifier = check_identifier(wanted, tokenizers, backbone.text.clean)
     if identifier.text in used:
         raise ValueError(f"--identifier {identifier.text!r} belongs to another subject of {store.root}: choose another")
     return identifier
@@ -109,7 +109,7 @@ def photo_prompts(subject: Subject, phrase: str, backbone: Backbone) -> tuple[st
         if image.caption is not None:
             try:
                 prompts.append(fill(image.caption, phrase))
-                backbone.tokenize(prompts[-1:])
+                backbone.text.tokenize(prompts[-1:])
             except ValueError as error:
                 raise ValueError(f"subject {subject.name!r}: the caption of {image.name}: {error}") from error
     return tuple(prompts)

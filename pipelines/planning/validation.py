@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dreambooth.methods import find_method
 from dreambooth.sampling.sampler import scheduler_class
 from pipelines.planning.options import Options
 
@@ -42,8 +43,10 @@ def check_options(options: Options) -> None:
         raise ValueError(f'--prior-batch must be above 0 or "auto", not {options.prior.prior_batch}')
     if options.prior.prior_scheduler is not None:
         scheduler_class(options.prior.prior_scheduler)
-    if options.training.method == "textual-inversion":
-        _check_inversion(options)
+    find_method(options.training.method).check(
+        train_text_encoder=options.model.train_text_encoder,
+        super_resolution=options.model.super_resolution is not None,
+    )
     if options.model.noise_level is not None and options.model.super_resolution is None:
         raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
     if options.prior.prior_kind == "teacher":
@@ -56,22 +59,11 @@ def check_options(options: Options) -> None:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 
 
-def _check_inversion(options: Options) -> None:
-    for given, name in (
-        (options.model.train_text_encoder, "train-text-encoder"),
-        (options.model.super_resolution, "super-resolution"),
-    ):
-        if given:
-            raise ValueError(
-                f"--method textual-inversion trains nothing but the identifier's embeddings: leave out --{name}"
-            )
-
-
 def _check_teacher(options: Options) -> None:
     for given, name in (
         (not options.prior.prior_weight, "--prior-weight 0"),
         (options.model.super_resolution, "--super-resolution"),
-        (options.training.method != "dreambooth", f"--method {options.training.method}"),
+        (not find_method(options.training.method).preserves_prior, f"--method {options.training.method}"),
     ):
         if given:
             raise ValueError(f"--prior-kind teacher is of a prior term, and {name} trains without: leave one out")

@@ -83,13 +83,13 @@ class TrainingSetEncoder:
     @torch.no_grad()
     def _text(self, run: RunSpec) -> dict[str, torch.Tensor]:
         assert self._backbone is not None
-        ids = self._backbone.tokenize(_distinct_prompts(run))
+        ids = self._backbone.text.tokenize(_distinct_prompts(run))
         trained = run.training.trains_text(self._backbone)
         tensors = {f"ids.{name}": value for name, value in ids.items()} if trained else {}
         if trained and run.training.prior_kind != "teacher":
             return tensors
         encoders = {name: self._network(name) for name in self._backbone.text_encoders}
-        text = self._backbone.encode_text(encoders, {name: value.to(self._device) for name, value in ids.items()})
+        text = self._backbone.text.encode(encoders, {name: value.to(self._device) for name, value in ids.items()})
         return tensors | {f"text.{name}": value for name, value in text.items()}
 
     def _instances(self, subject: Subject, run: RunSpec) -> dict[str, torch.Tensor]:
@@ -97,16 +97,16 @@ class TrainingSetEncoder:
         photos: dict[Size, list[dict[str, torch.Tensor]]] = {}
         for number, (image, prompt) in enumerate(zip(subject.images, run.prompts, strict=True)):
             original, pixels = (image.height, image.width), image.pixels()
-            frame = training.frame_of(original)
+            bucket = training.bucket_of(original)
             key = (run.seed, run.subject, "view", number)
             shown = views(
-                original, frame, *key, count=training.views, flip=training.flip, random_crop=training.random_crop
+                original, bucket, *key, count=training.views, flip=training.flip, random_crop=training.random_crop
             )
             rows = [self._encode(pixels, view) | {"prompt": torch.tensor(prompts.index(prompt))} for view in shown]
-            photos.setdefault(frame, []).append(_stacked(rows))
+            photos.setdefault(bucket, []).append(_stacked(rows))
         return {
-            f"{_columns('instance', frame)}.{name}": value
-            for frame, rows in photos.items()
+            f"{_columns('instance', bucket)}.{name}": value
+            for bucket, rows in photos.items()
             for name, value in _stacked(rows).items()
         }
 
@@ -114,8 +114,8 @@ class TrainingSetEncoder:
         """The latent of a view of a photo, and what the denoiser is told of its size."""
         assert self._backbone is not None
         encoders = {name: self._network(name) for name in self._backbone.image_encoders}
-        mean, log_variance = self._backbone.encode_images(encoders, to_pixels([view.show(photo)]).to(self._device))
-        sizes = self._backbone.size_conditioning(view.original, view.corner, view.frame)
+        mean, log_variance = self._backbone.latents.encode(encoders, to_pixels([view.show(photo)]).to(self._device))
+        sizes = self._backbone.size_conditioning(view.original, view.corner, view.bucket)
         return {"mean": mean[0].cpu(), "log_variance": log_variance[0].cpu(), **sizes}
 
     def _priors(self, run: RunSpec) -> dict[str, torch.Tensor]:
@@ -140,8 +140,8 @@ def _distinct_prompts(run: RunSpec) -> list[str]:
     return list(dict.fromkeys([*run.prompts, run.class_prompt]))
 
 
-def _columns(half: str, frame: Size) -> str:
-    return f"{half}.{frame[0]}x{frame[1]}"
+def _columns(kind: str, bucket: Size) -> str:
+    return f"{kind}.{bucket[0]}x{bucket[1]}"
 
 
 def _stacked(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,13 @@ class PreviewArtist:
 
     def draw(self) -> tuple[int, bytes]:
         """Wait for a checkpoint that is new, and draw the run's sample prompts with it: its step, and a PNG file."""
-        from dreambooth.versions.trained import TrainedStage
+        from dreambooth.versions.pipeline import VersionPipeline, trained_content
 
         found = self._next_checkpoint()
-        stage = TrainedStage(self._store, self._run, found.read())
-        prompts = self._run.sample_prompts
-        drawn = [stage.draw(prompt, self._run.seed + number, [])[0] for number, prompt in enumerate(prompts)]
+        alone = replace(self._run, super_resolution=None, upscaling=None)
+        _, content = trained_content(self._store, alone, found.read())
+        pipeline, prompts = VersionPipeline.of_run(self._store, alone, [content]), self._run.sample_prompts
+        drawn = pipeline.draw(prompts, [self._run.seed + number for number in range(len(prompts))])
         file = io.BytesIO()
         title = f"{self._run.subject}@{self._run.version}, step {found.step} of {self._run.training.steps}"
         contact_sheet(title, [Row("Samples", drawn, prompts)]).save(file, "PNG")

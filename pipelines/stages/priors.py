@@ -160,7 +160,7 @@ class ClassPriorSampler:
         torch.set_num_threads(prior.sampler.threads)  # it counts for the calling thread
         seeds = prior.seeds(shard)
         images = sample(pipeline, [prior.prompt] * len(seeds), seeds, prior.sampler)
-        mean, log_variance = backbone.encode_images(pipeline.components, to_pixels(images).to(self._device))
+        mean, log_variance = backbone.latents.encode(pipeline.components, to_pixels(images).to(self._device))
         return np.stack([np.asarray(image) for image in images]), mean.cpu().numpy(), log_variance.cpu().numpy()
 
     def _pipeline(self, prior: PriorSet) -> tuple[Backbone, Any]:

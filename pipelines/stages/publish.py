@@ -23,8 +23,7 @@ from dreambooth.runs import PlannedSubject, RunSpec
 from dreambooth.sampling.prior_set import PriorSet
 from dreambooth.store import SubjectStore, Version
 from dreambooth.subjects.photos import Subject
-from dreambooth.versions.pipeline import SUPER_RESOLUTION
-from dreambooth.versions.trained import TrainedStage, UpscalingStage
+from dreambooth.versions.pipeline import SUPER_RESOLUTION, VersionPipeline, trained_content
 from pipelines.runtime.console import Display, ProgressLine
 from pipelines.training.checkpoints import Checkpoint
 from pipelines.training.run_queue import TRIES
@@ -68,44 +67,41 @@ class _Publisher:
 
     def __init__(self, store_uri: str, run: RunSpec, checkpoints: Sequence[Checkpoint]) -> None:
         self._store, self._run = SubjectStore(store_uri), run
-        self._stages = [
-            TrainedStage(self._store, stage, checkpoint.read())
-            for stage, checkpoint in zip(run.stages, checkpoints, strict=True)
+        self._trained = [
+            trained_content(self._store, stage, checkpoint.read())
+            for stage, checkpoint in zip(run.cascade, checkpoints, strict=True)
         ]
-        self._upscaler = UpscalingStage(self._store, run) if run.upscaling else None
+        self._pipeline = VersionPipeline.of_run(self._store, run, [content for _, content in self._trained])
         self._samples: list[Image.Image] = []
 
     def draw(self, number: int) -> None:
         """Draw sample `number`; its seed is the run's seed plus its number."""
-        image: list[Image.Image] = []
-        for stage in self._stages:
-            image = stage.draw(self._run.sample_prompts[number], self._run.seed + number, image)
-        if self._upscaler is not None:
-            image = self._upscaler.draw(self._run.sample_prompts[number], self._run.seed + number, image)
-        self._samples += image
+        self._samples += self._pipeline.draw([self._run.sample_prompts[number]], [self._run.seed + number])
 
     def publish(self, subject: Subject) -> Version:
         """Write weights, samples and contact sheet, and publish them."""
         run = self._run
+        self._pipeline.leave_device()
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            first, *second = self._stages
-            manifest = lineage(run, first.backbone)
-            first.save(folder)
-            for stage, its_run in zip(second, run.stages[1:], strict=True):
-                stage.save(folder / SUPER_RESOLUTION)
-                manifest[SUPER_RESOLUTION] = {
-                    "backbone": {"family": stage.backbone.family, "hash": its_run.backbone},
-                    "components": sorted(stage.parts),
-                }
-            if self._upscaler is not None:
-                manifest["upscaler"] = self._upscaler.lineage()
+            manifest = lineage(run, self._store.open_backbone(run.backbone))
+            for stage, (form, content) in zip(run.cascade, self._trained, strict=True):
+                form.save(content, folder if stage.draws_alone else folder / SUPER_RESOLUTION, stage.backbone)
+                of_stage: dict[str, Any] = {"form": form.name, "components": sorted(content.parts)}
+                if stage.draws_alone:
+                    manifest |= of_stage
+                else:
+                    family = self._store.open_backbone(stage.backbone).family
+                    manifest[SUPER_RESOLUTION] = of_stage | {"backbone": {"family": family, "hash": stage.backbone}}
+            if run.upscaling is not None:
+                upscaler = self._store.open_backbone(run.upscaling.backbone)
+                manifest["upscaler"] = {"backbone": {"family": upscaler.family, "hash": run.upscaling.backbone}}
             (folder / "samples").mkdir()
             for number, image in enumerate(self._samples):
                 image.save(folder / "samples" / f"{number:02d}.png")
             sheet = make_contact_sheet(self._store, subject, run, self._samples)
             sheet.save(folder / "contact_sheet.png")
-            return self._store.publish(run.subject, run.version, folder, manifest, first.parts)
+            return self._store.publish(run.subject, run.version, folder, manifest, manifest["components"])
 
 
 def lineage(run: RunSpec, backbone: Backbone) -> dict[str, Any]:

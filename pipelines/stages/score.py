@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from dreambooth.common.contact_sheet import Row, contact_sheet
 from dreambooth.common.images import png_bytes, read_image
+from dreambooth.common.keys import key_form
 from dreambooth.common.location import Location, digest
 from dreambooth.metrics.evaluation_set import EvaluationSet
 from dreambooth.metrics.scores import Judges, Judging
@@ -19,7 +20,7 @@ from dreambooth.store import SubjectStore, Version
 from dreambooth.subjects.manifest import SubjectSpec
 from dreambooth.subjects.photos import Subject, load_subject
 from dreambooth.subjects.prompts import fill
-from dreambooth.versions.pipeline import PublishedModel
+from dreambooth.versions.pipeline import VersionPipeline
 from pipelines.runtime.actor_pools import map_on_actors, pool_size
 from pipelines.runtime.console import Display
 
@@ -102,7 +103,7 @@ class ImageSampler:
     def __init__(self, store_uri: str, sets: Mapping[str, EvaluationSet]) -> None:
         """Load nothing until the first row says what is needed."""
         self._store, self._sets = SubjectStore(store_uri), sets
-        self._loaded: tuple[str, PublishedModel] | None = None
+        self._loaded: tuple[str, VersionPipeline] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Draw the row's shards; adds `failure`, why they could not all be, or ""."""
@@ -118,12 +119,12 @@ class ImageSampler:
             failure = f"{type(error).__name__}: {error}"
         return {**row, "failure": failure}
 
-    def _model(self, one: EvaluationSet) -> PublishedModel:
+    def _model(self, one: EvaluationSet) -> VersionPipeline:
         if self._loaded is None or self._loaded[0] != one.key:
             self._loaded = None  # two pipelines may not fit side by side
             version = self._store.version(one.subject, one.version)
             assert version is not None
-            self._loaded = (one.key, PublishedModel(self._store, version, one.samplers))
+            self._loaded = (one.key, VersionPipeline.of_version(self._store, version, one.samplers))
         torch.set_num_threads(one.samplers[0].threads)  # it counts for the calling thread
         return self._loaded[1]
 
@@ -166,7 +167,7 @@ def score_versions(
 def scores_location(store: SubjectStore, one: PlannedEvaluation, judging: Judging, photos: Subject) -> Location:
     """Where the scores of a version lie: beside its folder, named by all that determines them."""
     hashes = sorted(image.sha256 for image in photos.images)
-    key = digest({"pictures": one.pictures.key, "judges": asdict(judging), "photos": hashes}, 16)
+    key = digest({"pictures": one.pictures.key, "judges": key_form(judging), "photos": hashes}, 16)
     return store.scores_location(one.version.subject, one.version.id) / f"{key}.json"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from dreambooth.methods import METHODS
 from dreambooth.metrics.scores import SCORES
 from pipelines.stages.score import Scored
 
@@ -16,18 +17,8 @@ _LOWER_IS_BETTER = "PRES"
 
 def kind_of(training: Mapping[str, Any]) -> str:
     """How a version was made, as far as the paper's tables tell versions apart."""
-    if training["method"] == "textual-inversion":
-        return f"Textual Inversion, {training['steps']} steps"
-    parts = ["DreamBooth", f"{training['steps']} steps"]
-    if not training["prior_weight"]:
-        parts.append("no prior term")
-    elif training["prior_kind"] != "images":
-        parts.append(f"prior by {training['prior_kind']}")
-    if training.get("bare_identifier"):  # versions of before this was an option do not have it
-        parts.append("no class noun")
-    if any(name.startswith("text_encoder") for name in training["trained"]):
-        parts.append("text trained")
-    return ", ".join(parts)
+    method = METHODS.get(training["method"])
+    return method.label(training) if method else f"{training['method']}, {training['steps']} steps"
 
 
 def score_rows(scored: Sequence[Scored], names: Mapping[str, str]) -> list[dict[str, Any]]:

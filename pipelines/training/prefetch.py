@@ -46,7 +46,7 @@ class Prefetch:
             if step + 1 < self._steps:
                 self._ahead = step + 1, self._thread.submit(self._draw, step + 1)
             # From pinned memory, behind what the device still has to do: the host does not wait for it.
-            here = {key: [half.to(self._device) for half in halves] for key, halves in drawn.items()}
+            here = {key: [rows.to(self._device) for rows in minibatches] for key, minibatches in drawn.items()}
             self._step, self._here = step, here
         return self._here[samples]
 
@@ -59,4 +59,4 @@ class Prefetch:
         drawn = {samples: self._batches.rows(step, samples) for samples in self._samples}
         if self._device.type == "cpu":
             return drawn
-        return {samples: [half.pinned() for half in halves] for samples, halves in drawn.items()}
+        return {samples: [rows.pinned() for rows in minibatches] for samples, minibatches in drawn.items()}

@@ -15,84 +15,60 @@ from torch import Tensor, nn
 from dreambooth.backbones import Backbone
 from dreambooth.backbones.precision import DTYPES
 from dreambooth.memory import enable_gradient_checkpointing
-from dreambooth.methods.dreambooth import Trainable, groups
+from dreambooth.methods import METHODS
+from dreambooth.methods.base import BaseWeights, Weights
 from dreambooth.methods.teacher import Teacher
-from dreambooth.methods.textual_inversion import LearnedEmbeds, TextualInversion
 from dreambooth.runs import RunSpec
-from pipelines.engine.engine import EMA, Partition, initialize_engine, local_device, restore, restore_average
-
-Weights = Callable[[str], Tensor]
-"""The float32 value of a parameter or buffer, by its name in a module."""
+from pipelines.engine.engine import EMA, PARAMETER, Partition, initialize_engine, local_device, restore, restore_average
 
 
 def read_base(run: RunSpec, backbone: Backbone) -> dict[str, Tensor]:
-    """What `start` needs of the backbone, read from its files: parameters and buffers as `NETWORK.NAME`, in float32."""
+    """The float32 parameters and buffers that `build_engine` needs, from the backbone's files."""
     base: dict[str, Tensor] = {}
-    for component in _networks(run, backbone):
+    for component in METHODS[run.training.method].networks(backbone, run.training.trained):
         network = backbone.load(component)
         named = [*network.named_parameters(), *network.named_buffers()]
         base |= {f"{component}.{name}": tensor.detach() for name, tensor in named}
     return base
 
 
-def _networks(run: RunSpec, backbone: Backbone) -> tuple[str, ...]:
-    """Those through which gradients of the run flow."""
-    inversion = run.training.method == "textual-inversion"
-    return (backbone.denoiser, *backbone.text_encoders) if inversion else run.training.trained
-
-
 def build_engine(
-    run: RunSpec, backbone: Backbone, base: Mapping[str, Tensor], state: Mapping[str, Tensor], step: int, disk: str
+    run: RunSpec, backbone: Backbone, base: BaseWeights, state: Mapping[str, Tensor], step: int, disk: str
 ) -> tuple[Any, EMA | None, Teacher | None]:
     """An engine, the moving average of its weights and the teacher, where the run has them.
 
     `base` is what `read_base` gives. `state` is that of the checkpoint after update `step`, or empty. Every rank must
     call this: all weights may be collectives.
     """
-    precision = DTYPES[run.training.precision]
-    networks = {name: backbone.empty(name) for name in _networks(run, backbone)}
-    if run.training.gradient_checkpointing:
+    training, method = run.training, METHODS[run.training.method]
+    precision = DTYPES[training.precision]
+    networks = {name: backbone.empty(name) for name in method.networks(backbone, training.trained)}
+    if training.gradient_checkpointing:
         for network in networks.values():
             enable_gradient_checkpointing(network)
-    module: nn.Module
-    masters: Weights
-    if run.training.method == "textual-inversion":
-        for name, network in networks.items():
-            materialize(network, _of(base, name), torch.device("cpu"), torch.float32)
-        module = _inversion(run, backbone, networks, state)
-        masters = {name: value.detach().clone() for name, value in module.named_parameters()}.__getitem__
-    else:
-        module = Trainable(backbone, networks)
+    words = {"identifier": run.identifier, "class_noun": run.class_noun}
+    module = method.module(backbone, networks, **words, settings=training.method_settings)
+    start = method.start(module, base)
 
-        def masters(name: str) -> Tensor:
-            saved = f"param.{name}"
-            return state[saved] if saved in state else base[name.removeprefix("networks.")]
+    def masters(name: str) -> Tensor:
+        saved = f"{PARAMETER}.{name}"
+        return state[saved] if saved in state else start(name)
 
-        partition = Partition(run.training, run.lane, disk) if run.lane.zero_stage == 3 else None
-        materialize(module, masters, local_device(), precision, partition)
-    engine = initialize_engine(module, groups(module, run.training, backbone), run.training, run.lane, masters, disk)
-    if isinstance(module, TextualInversion):
-        module.place(engine.device, precision)
-    if run.training.compile:
+    partition = Partition(training, run.lane, disk) if run.lane.zero_stage == 3 else None
+    materialize(module, masters, local_device(), precision, partition)
+    groups = method.parameter_groups(backbone, module, training.learning_rate, training.text_encoder_learning_rate)
+    engine = initialize_engine(module, groups, training, run.lane, masters, disk)
+    for name, network in method.frozen(module).items():
+        materialize(network, _of(base, name), engine.device, precision)
+    if training.compile:
         # torch keeps the code by what a network looks like, not by which it is: a lane's next subject finds it.
         networks[backbone.denoiser].compile(dynamic=False)
-    average = EMA(engine, run.training.ema_decay) if run.training.ema_decay else None
+    average = EMA(engine, training.ema_decay) if training.ema_decay else None
     if state:
         restore(engine, state, step)
         if average is not None:
             restore_average(engine, average, state)
     return engine, average, _teacher(run, backbone, base, engine.device)
-
-
-def _inversion(
-    run: RunSpec, backbone: Backbone, networks: Mapping[str, nn.Module], state: Mapping[str, Tensor]
-) -> TextualInversion:
-    encoders = {name: networks[name] for name in backbone.text_encoders}
-    embeds = LearnedEmbeds.of_noun(backbone, encoders, run.identifier, run.class_noun)
-    module = TextualInversion(backbone, networks, embeds)
-    if state:
-        module.load_state_dict({name: state[f"param.{name}"] for name, _ in module.named_parameters()})
-    return module
 
 
 def _teacher(run: RunSpec, backbone: Backbone, base: Mapping[str, Tensor], device: torch.device) -> Teacher | None:

@@ -32,7 +32,7 @@ from pipelines.training.host_tensors import Host, HostTensors
 from pipelines.training.measures import measures_of
 from pipelines.training.preemption import Preempted, PreemptionSignal, PreemptionWatcher, ray_drains
 from pipelines.training.prefetch import Prefetch
-from pipelines.training.train_step import micro_batches, train_step
+from pipelines.training.train_step import passes_of, train_step
 
 if TYPE_CHECKING:
     from pipelines.engine.engine import EMA
@@ -184,7 +184,7 @@ class Worker:
     @contextmanager
     def _rows(self, run: RunSpec, backbone: Backbone, device: torch.device) -> Iterator[Prefetch]:
         """The rows of this rank's steps, from a copy of the run's training set."""
-        samples = [samples for samples, _ in micro_batches(run, self._rank, self._world)]
+        samples = [samples for samples, _ in passes_of(run, self._rank, self._world)]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "training_set.safetensors"
             path.write_bytes(training_set.location_of(self._store, run).read_bytes())

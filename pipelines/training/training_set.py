@@ -10,13 +10,13 @@ from dreambooth.common.location import Location
 from dreambooth.runs import RunSpec
 from dreambooth.store import SubjectStore
 
-HALVES = ("instance", "prior")
+KINDS = ("instance", "prior")
 
 
 def location_of(store: SubjectStore, run: RunSpec) -> Location:
     """Where the run's training set is: a safetensors file.
 
-    For every frame of HEIGHTxWIDTH pixels in which photos are shown, `instance.HEIGHTxWIDTH.mean` and `.log_variance`
+    For every bucket of HEIGHTxWIDTH pixels in which photos are shown, `instance.HEIGHTxWIDTH.mean` and `.log_variance`
     (photos, views, C, h, w), `.time_ids` and such (photos, views, ...) and `.prompt` (photos, views), which says which
     row of `text.NAME` (prompts, ...) or `ids.NAME` (prompts, length) labels it; `prior.HEIGHTxWIDTH.*` likewise.
     """

@@ -76,7 +76,7 @@ class PlainLoop:
 
     def step(self, x: Tensor, conditioning: dict[str, Tensor]) -> None:
         """One update on latents and conditioning, photos before class-prior images."""
-        schedule, half = self.backbone.schedule, len(x) // 2
+        schedule, half = self.backbone.objective, len(x) // 2
         epsilon, t = torch.randn_like(x), torch.randint(schedule.steps, (len(x),))
         target = schedule.target(x, epsilon, t)
         said = self.backbone.predict(self.unet, schedule.add_noise(x, epsilon, t), t, conditioning)
@@ -111,12 +111,12 @@ def uncached_step(store: SubjectStore, backbone: Backbone, planned: PlannedSubje
         files = [kind[(step * size + row) % len(kind)] for kind in (photos, priors) for row in range(size)]
         images = [read_image(file, "image") for file in files]
         squares = [centre_view((image.height, image.width), (side, side)).show(image) for image in images]
-        mean, log_variance = backbone.encode_images(encoders, to_pixels(squares))
-        x = backbone.scale_latents(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
+        mean, log_variance = backbone.latents.encode(encoders, to_pixels(squares))
+        x = backbone.latents.scale(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
         prompts = [run.instance_prompt] * size + [run.class_prompt] * size
         sizes = backbone.size_conditioning((side, side), (0, 0), (side, side))
         conditioning = {name: value.expand(len(x), *value.shape) for name, value in sizes.items()}
-        return x, conditioning | backbone.encode_text(encoders, backbone.tokenize(prompts))
+        return x, conditioning | backbone.text.encode(encoders, backbone.text.tokenize(prompts))
 
     return lambda step: loop.step(*encoded(step))
 

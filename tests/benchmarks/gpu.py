@@ -39,7 +39,7 @@ from pipelines.planning.preflight import Preflight  # noqa: E402
 from pipelines.training.batches import Minibatch  # noqa: E402
 from pipelines.training.prefetch import Prefetch  # noqa: E402
 from pipelines.training.setup import start  # noqa: E402
-from pipelines.training.train_step import micro_batches, train_step  # noqa: E402
+from pipelines.training.train_step import passes_of, train_step  # noqa: E402
 from tests.full_size import write_full_size  # noqa: E402
 from tests.pipelines.engines import lane, process_group, training  # noqa: E402
 from tests.small_models import write_deepfloyd_if, write_sdxl  # noqa: E402
@@ -80,7 +80,7 @@ class MadeUp:
     def __init__(self, backbone: Backbone, resolution: int) -> None:
         """Take the shapes from the configurations."""
         latents, _, conditioning = empty_inputs(backbone, {}, 1, resolution, torch.float32)
-        self._shape, self._times = latents.shape[1:], backbone.schedule.steps
+        self._shape, self._times = latents.shape[1:], backbone.objective.steps
         self._conditioning = {name: normal(value.shape[1:], 0, name) for name, value in conditioning.items()}
 
     def rows(self, step: int, samples: range) -> list[Minibatch]:
@@ -173,7 +173,7 @@ def _train(run: RunSpec, backbone: Backbone, device: torch.device, made_up: Made
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    samples = [samples for samples, _ in micro_batches(run, 0, 1)]
+    samples = [samples for samples, _ in passes_of(run, 0, 1)]
     with Prefetch(made_up, samples, run.training.steps, device) as rows:
         for step in range(run.training.steps):
             if step == WARM_UP:

@@ -94,7 +94,7 @@ def cpu_times(prior: PriorSet, shards: int) -> tuple[float, float, float]:
             plain_call(pipeline, prior, shard)
             clock.append(time.process_time())
             images = sample(pipeline, [prior.prompt] * BATCH, prior.seeds(shard), prior.sampler)
-            mean, log_variance = backbone.encode_images(pipeline.components, to_pixels(images))
+            mean, log_variance = backbone.latents.encode(pipeline.components, to_pixels(images))
             clock.append(time.process_time())
             pixels = np.stack([np.asarray(image) for image in images])
             prior.write_shard(Location.of(folder), shard, pixels, mean.numpy(), log_variance.numpy())

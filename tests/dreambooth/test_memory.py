@@ -52,11 +52,11 @@ def kept_by_autograd(backbone: Backbone, networks: dict[str, nn.Module]) -> int:
     encoders = {name: networks.get(name, backbone.load(name)) for name in backbone.text_encoders}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.set_grad_enabled(len(networks) > 1):
-            conditioning = backbone.encode_text(encoders, backbone.tokenize(["a dog"] * ROWS))
+            conditioning = backbone.text.encode(encoders, backbone.text.tokenize(["a dog"] * ROWS))
         size = (RESOLUTION, RESOLUTION)
         for name, value in backbone.size_conditioning(size, (0, 0), size).items():
             conditioning[name] = value.expand(ROWS, *value.shape)
-        z_t = torch.randn(ROWS, *backbone.latent_shape(RESOLUTION), generator=torch.Generator().manual_seed(0))
+        z_t = torch.randn(ROWS, *backbone.latents.shape(RESOLUTION), generator=torch.Generator().manual_seed(0))
         backbone.predict(networks["unet"], z_t, torch.arange(ROWS), conditioning)
     weights = {p.untyped_storage().data_ptr() for network in networks.values() for p in network.parameters()}
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
@@ -64,7 +64,7 @@ def kept_by_autograd(backbone: Backbone, networks: dict[str, nn.Module]) -> int:
 
 def test_textual_inversion_holds_frozen_networks_and_trains_a_few_rows(backbone: Backbone) -> None:
     networks = {name: backbone.load(name) for name in all_trained(backbone, with_text=True)}
-    planned = plan(backbone, ())
+    planned = plan(backbone, (), method="textual-inversion")
     assert planned.frozen == 4 * sum(p.numel() for network in networks.values() for p in network.parameters())
     widths = [networks[name].get_input_embeddings().embedding_dim for name in backbone.text_encoders]
     assert planned.parameters == 3 * sum(widths)

@@ -158,7 +158,7 @@ def in_float64(run: RunSpec, store: Path, parts: dict[str, Any], steps: range) -
         conditioning = {name: value.double() for name, value in rows.conditioning.items()}
         with torch.no_grad():
             if rows.ids:
-                conditioning |= backbone.encode_text(parts, rows.ids)
+                conditioning |= backbone.text.encode(parts, rows.ids)
             added = {name: conditioning[name] for name in ("text_embeds", "time_ids") if name in conditioning}
             text = conditioning["encoder_hidden_states"]
             said = parts["unet"](noisy, rows.t, encoder_hidden_states=text, added_cond_kwargs=added or None).sample

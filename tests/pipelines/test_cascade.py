@@ -50,7 +50,7 @@ def test_both_stages_are_planned(
 ) -> None:
     arguments = cascade(photos, small_if, small_if_super_resolution, tmp_path)
     plan = make_plan(parse(arguments, ""))
-    first, second = plan.subjects[0].run.stages
+    first, second = plan.subjects[0].run.cascade
     assert (first.training.resolution, first.prior is None) == (32, False)
     assert (first.prior.sampler.scheduler if first.prior else None) == "DDPMScheduler"
     assert (second.training.resolution, second.prior, second.training.prior_weight) == (64, None, 0)
@@ -58,7 +58,7 @@ def test_both_stages_are_planned(
     assert second.backbone == plan.backbones[1].hash != first.backbone
     assert [memory.parameters > 0 for memory in plan.memory] == [True, True]
     other = make_plan(parse(arguments[:-2], ""))  # without --noise-level: the paper's
-    assert other.subjects[0].run.stages[1].training.low_resolution == LowResolution(32, 0)
+    assert other.subjects[0].run.cascade[1].training.low_resolution == LowResolution(32, 0)
     assert other.subjects[0].run.version != first.version
     assert main([*arguments, "--dry-run"]) == 0
     text = capsys.readouterr().out
@@ -116,7 +116,7 @@ def prepared(
     made = ClassPriorSampler(plan.store.root.uri, {prior.key: prior})({"set": prior.key, "shard": 0})
     assert made["failure"] == ""
     encoder = TrainingSetEncoder(plan.store.root.uri)
-    for stage in planned.stages:
+    for stage in planned.cascade:
         encoder({"planned": pickle.dumps(stage)})
     return plan.store, planned
 
@@ -156,7 +156,7 @@ def errors_in_float64(store: SubjectStore, planned: PlannedSubject, backbone: Ba
         if half == "prior" and run.prior is None:
             continue
         base, images = (run.seed, run.subject, half), images_of(store, planned, half)
-        text = backbone.tokenizers["tokenizer"](prompt, padding="max_length", max_length=77, return_tensors="pt")
+        text = backbone.text.tokenizers["tokenizer"](prompt, padding="max_length", max_length=77, return_tensors="pt")
         states = t5(text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         for sample in range(run.training.batch):
             x = images[shuffled(step * run.training.batch + sample, len(images), *base, "order")]
@@ -180,7 +180,7 @@ def test_both_terms_equal_the_papers_equation_in_float64(
     prepared: tuple[SubjectStore, PlannedSubject], number: int
 ) -> None:
     store, planned = prepared
-    stage = planned.stages[number]
+    stage = planned.cascade[number]
     run: RunSpec = stage.run
     backbone = store.open_backbone(run.backbone)
     path = location_of(store, run).local

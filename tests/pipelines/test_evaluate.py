@@ -13,7 +13,7 @@ from PIL import Image
 from dreambooth.metrics.scores import Judging
 from dreambooth.store import SubjectStore, Version
 from dreambooth.subjects.prompts import OBJECT_PROMPTS
-from dreambooth.versions.pipeline import PublishedModel
+from dreambooth.versions.pipeline import VersionPipeline
 from pipelines import evaluate
 from pipelines.evaluate import EvaluateOptions, plan
 from pipelines.runtime.console import Display
@@ -80,7 +80,7 @@ def test_versions_are_drawn_scored_and_shown_and_nothing_is_done_twice(
     judging = planned.judging
     for one, row in zip(planned.versions, rows[1:], strict=True):
         # Drawn again by hand, and judged by the definitions.
-        model = PublishedModel(store, one.version, one.pictures.samplers)
+        model = VersionPipeline.of_version(store, one.version, one.pictures.samplers)
         pictures = one.pictures.pictures(store.root)
         for shard, (template, indices) in enumerate(one.pictures.shards):
             again = model.draw([one.pictures.prompt(template)] * len(indices), one.pictures.seeds(shard))

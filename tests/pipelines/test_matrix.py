@@ -23,7 +23,7 @@ from torch import nn
 from dreambooth.backbones import open_backbone
 from dreambooth.runs import RunSpec
 from dreambooth.sampling.sampler import load_pipeline, sample
-from dreambooth.versions.trained import trained_network
+from dreambooth.versions.components import trained_network
 from tests.pipelines.engines import process_group
 from tests.pipelines.matrix import STEPS, Case, TwoRanks, in_float64, prepare, train
 from tests.small_models import write_stable_diffusion
@@ -142,7 +142,8 @@ def test_training_is_eq_2_and_what_it_publishes_is_what_diffusers_draws_with(
 
     # Both terms are the paper's: with the base's weights at the first step, with the trained ones after the last.
     backbone = open_backbone(folder)
-    trained = {name: trained_network(backbone, name, state, torch.float32) for name in run.training.trained}
+    result = {name.removeprefix("param."): value for name, value in state.items()}
+    trained = {name: trained_network(backbone, name, result, torch.float32) for name in run.training.trained}
     exact_before = in_float64(run, store, in_double(copies(folder)), range(STEPS))
     exact_after = in_float64(run, store, in_double(copies(folder) | trained), range(STEPS + 1))
     assert terms[0] == pytest.approx(exact_before[0], rel=1e-4)
@@ -152,7 +153,7 @@ def test_training_is_eq_2_and_what_it_publishes_is_what_diffusers_draws_with(
         assert sum(each[term] for each in exact_after[:STEPS]) < 0.97 * sum(each[term] for each in exact_before)
 
     # The published folders make the same image in plain diffusers as in the pipeline that drew the samples.
-    trained = {name: trained_network(backbone, name, state, torch.float32) for name in run.training.trained}
+    trained = {name: trained_network(backbone, name, result, torch.float32) for name in run.training.trained}
     parts = trained | backbone.trained_parts()
     for name, part in parts.items():
         part.save_pretrained(tmp_path / "published" / name)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth.store import SubjectStore, Version
-from dreambooth.versions.pipeline import PublishedModel, published_samplers
+from dreambooth.versions.pipeline import VersionPipeline, published_samplers
 from tests.conftest import ROOT
 
 SHORT = "--steps 6 --batch 2 --workers 2 --prior-images 4 --prior-batch 4 --prior-steps 3 --sample-steps 3"
@@ -63,7 +63,7 @@ def redrawn(version: Version, number: int) -> np.ndarray:
     assert version.location.local is not None
     store = SubjectStore(version.location.local.parents[3])
     sample = version.manifest["samples"][number]
-    model = PublishedModel(store, version, published_samplers(version))
+    model = VersionPipeline.of_version(store, version, published_samplers(version))
     [image] = model.draw([sample["prompt"]], [sample["seed"]])
     return np.asarray(image)
 

@@ -21,6 +21,7 @@ from dreambooth.embedded import subjects_path
 from dreambooth.embedded.build.config import PersonalizationConfig
 from dreambooth.embedded.vocabulary import CONTEXTS, HELD_OUT
 from dreambooth.metrics.embedded import EmbeddedClip, EmbeddedDino
+from dreambooth.objectives import VariancePreserving
 from dreambooth.objectives.losses import prior_preservation_loss
 from dreambooth.sampling.sampler import SamplerSettings, sample, to_pixels
 from dreambooth.subjects.crops import centre_view
@@ -92,7 +93,7 @@ def personalize(name: str, tools: Tools) -> tuple[Outcome, Image.Image]:
     """Fine-tune a copy of the U-Net on one held-out subject, draw it in `SCENES`, and judge what came."""
     noun = HELD_OUT[name][0]
     photos = [Image.open(path).convert("RGB") for path in sorted((subjects_path() / name).glob("*.png"))]
-    identifier = find_identifier(list(tools.backbone.tokenizers.values()), seed=SEED, subject=name).text
+    identifier = find_identifier(list(tools.backbone.text.tokenizers.values()), seed=SEED, subject=name).text
     count = tools.config.prior_images
     prior = sample(tools.pipeline, [class_prompt(noun)] * count, [*range(count)], tools.settings)
     pipeline = copy.copy(tools.pipeline)
@@ -131,18 +132,19 @@ def _finetune(
     views = [centre_view((photo.height, photo.width), (side, side)) for photo in photos]
     mine = _encode(tools, [view.show(photo) for view, photo in zip(views, photos, strict=True)])
     others = _encode(tools, prior)
-    conditions = [backbone.size_conditioning(view.original, view.corner, view.frame) for view in views]
+    conditions = [backbone.size_conditioning(view.original, view.corner, view.bucket) for view in views]
     conditions += [backbone.size_conditioning((side, side), (0, 0), (side, side))] * len(prior)
     time_ids = torch.stack([condition["time_ids"] for condition in conditions]).to(device)
     encoders = {encoder: getattr(tools.pipeline, encoder) for encoder in backbone.text_encoders}
-    ids = backbone.tokenize([instance_prompt(f"{identifier} {noun}"), class_prompt(noun)])
+    ids = backbone.text.tokenize([instance_prompt(f"{identifier} {noun}"), class_prompt(noun)])
     with torch.no_grad():
-        text = backbone.encode_text(encoders, {key: value.to(device) for key, value in ids.items()})
+        text = backbone.text.encode(encoders, {key: value.to(device) for key, value in ids.items()})
 
     unet = copy.deepcopy(tools.pipeline.unet).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=tools.config.lr, weight_decay=0.01)
     generator = torch.Generator(device).manual_seed(SEED)
-    half, schedule = tools.config.batch, backbone.schedule
+    half, schedule = tools.config.batch, backbone.objective
+    assert isinstance(schedule, VariancePreserving)
     which = torch.tensor([0] * half + [1] * half, device=device)
     for _ in range(tools.config.steps):
         rows = torch.cat(
@@ -165,5 +167,5 @@ def _finetune(
 
 
 def _encode(tools: Tools, images: list[Image.Image]) -> Tensor:
-    mean, _ = tools.backbone.encode_images(tools.pipeline.components, to_pixels(images).to(tools.device))
-    return tools.backbone.scale_latents(mean)
+    mean, _ = tools.backbone.latents.encode(tools.pipeline.components, to_pixels(images).to(tools.device))
+    return tools.backbone.latents.scale(mean)

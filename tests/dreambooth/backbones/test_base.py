@@ -70,7 +70,7 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def encode(backbone: Backbone, prompts: list[str]) -> Conditioning:
     with torch.no_grad():
         encoders = {name: backbone.load(name) for name in backbone.text_encoders}
-        return backbone.encode_text(encoders, backbone.tokenize(prompts))
+        return backbone.text.encode(encoders, backbone.text.tokenize(prompts))
 
 
 # -- the same as diffusers ---------------------------------------------------------------------------------------------
@@ -122,13 +122,13 @@ def test_the_denoiser_says_what_it_says_in_the_pipeline(backbone: Backbone) -> N
         t = seen["t"].expand(len(PROMPTS))
         output = backbone.predict(backbone.load(backbone.denoiser), seen["z_t"], t, conditioning)
     torch.testing.assert_close(output, seen["output"][:, : output.shape[1]])
-    assert output.shape == (2, *backbone.latent_shape(32))
+    assert output.shape == (2, *backbone.latents.shape(32))
 
 
 def test_micro_conditioning_changes_what_sdxl_says(small_sdxl: Path) -> None:
     backbone = open_backbone(small_sdxl)
     text, unet = encode(backbone, ["a dog"]), backbone.load("unet")
-    z_t = torch.ones(1, *backbone.latent_shape(32))
+    z_t = torch.ones(1, *backbone.latents.shape(32))
 
     def say(*crop: int) -> Tensor:
         sizes = backbone.size_conditioning((32, 64), (crop[0], crop[1]), (32, 32))
@@ -142,7 +142,7 @@ def test_micro_conditioning_changes_what_sdxl_says(small_sdxl: Path) -> None:
 
 def test_gradients_flow_into_the_text_encoders(backbone: Backbone) -> None:
     encoders = {name: backbone.load(name) for name in backbone.text_encoders}
-    conditioning = backbone.encode_text(encoders, backbone.tokenize(PROMPTS))
+    conditioning = backbone.text.encode(encoders, backbone.text.tokenize(PROMPTS))
     torch.stack([value.sum() for value in conditioning.values()]).sum().backward()
     for encoder in encoders.values():
         gradient = encoder.get_input_embeddings().weight.grad  # type: ignore[operator]
@@ -154,15 +154,15 @@ def test_gradients_flow_into_the_text_encoders(backbone: Backbone) -> None:
 
 
 def test_prompts_are_padded_to_the_tokenizers_length(backbone: Backbone) -> None:
-    ids = backbone.tokenize(PROMPTS)
-    assert {name: value.shape for name, value in ids.items()} == dict.fromkeys(backbone.tokenizer_names, (2, 77))
+    ids = backbone.text.tokenize(PROMPTS)
+    assert {name: value.shape for name, value in ids.items()} == dict.fromkeys(backbone.text.tokenizer_names, (2, 77))
 
 
 def test_a_prompt_that_is_too_long_is_named(backbone: Backbone) -> None:
-    room = 77 - len(next(iter(backbone.tokenizers.values()))("").input_ids)
-    backbone.tokenize(["a " * room])
+    room = 77 - len(next(iter(backbone.text.tokenizers.values()))("").input_ids)
+    backbone.text.tokenize(["a " * room])
     with pytest.raises(ValueError, match=r"the prompt 'a a .* has 78 tokens; .* takes 77"):
-        backbone.tokenize(["a dog", "a " * (room + 1)])
+        backbone.text.tokenize(["a dog", "a " * (room + 1)])
 
 
 # -- latents -----------------------------------------------------------------------------------------------------------
@@ -172,19 +172,19 @@ def test_images_are_encoded_to_the_mean_and_log_variance_of_their_latents(latent
     backbone = latent_backbone
     vae: Any = backbone.load("vae")
     pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-    mean, log_variance = backbone.encode_images({"vae": vae}, pixels)
+    mean, log_variance = backbone.latents.encode({"vae": vae}, pixels)
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
-    assert mean.shape == log_variance.shape == (2, *backbone.latent_shape(32))
+    assert mean.shape == log_variance.shape == (2, *backbone.latents.shape(32))
     torch.testing.assert_close(mean, posterior.mean)
     torch.testing.assert_close((0.5 * log_variance).exp(), posterior.std)
     assert not mean.requires_grad
-    assert backbone.encode_images({"vae": vae.to(torch.bfloat16)}, pixels)[0].dtype == torch.float32
+    assert backbone.latents.encode({"vae": vae.to(torch.bfloat16)}, pixels)[0].dtype == torch.float32
 
 
 def test_latents_that_are_not_finite_are_an_error(latent_backbone: Backbone) -> None:
     with pytest.raises(ArithmeticError, match="gave latents that are not finite"):
-        latent_backbone.encode_images({"vae": latent_backbone.load("vae")}, torch.full((1, 3, 32, 32), torch.nan))
+        latent_backbone.latents.encode({"vae": latent_backbone.load("vae")}, torch.full((1, 3, 32, 32), torch.nan))
 
 
 SCALES = {
@@ -203,7 +203,7 @@ def test_latents_are_scaled_as_the_autoencoders_configuration_says(
 ) -> None:
     edit_json(latent_copy / "vae/config.json", lambda value: value.update(config))
     latents = torch.tensor([2.0, 4.0, 6.0, 8.0]).view(1, 4, 1, 1).expand(2, 4, 3, 3)
-    result = open_backbone(latent_copy).scale_latents(latents)
+    result = open_backbone(latent_copy).latents.scale(latents)
     torch.testing.assert_close(result[1, :, 2, 0], torch.tensor(scaled))
     assert result.shape == latents.shape
 
@@ -226,7 +226,7 @@ def test_the_pipeline_decodes_scaled_latents_back_to_the_image(small_sdxl: Path,
         width=32,
         callback_on_step_end=lambda _, __, ___, tensors: denoised.append(tensors["latents"]) or tensors,
     )
-    torch.testing.assert_close(backbone.scale_latents(seen[0]), denoised[0])
+    torch.testing.assert_close(backbone.latents.scale(seen[0]), denoised[0])
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -234,15 +234,15 @@ def test_the_pipeline_decodes_scaled_latents_back_to_the_image(small_sdxl: Path,
 
 def test_sizes_come_from_the_configurations(latent_backbone: Backbone) -> None:
     backbone = latent_backbone
-    assert (backbone.pixels_per_latent, backbone.default_resolution) == (4, 32)
-    assert backbone.latent_shape(64) == (4, 16, 16)
-    backbone.check_resolution(40)
+    assert (backbone.latents.pixels_per_latent, backbone.default_resolution) == (4, 32)
+    assert backbone.latents.shape(64) == (4, 16, 16)
+    backbone.latents.check_side(40)
 
 
 @pytest.mark.parametrize("resolution", [0, -32, 4, 36, 33])
 def test_a_resolution_that_does_not_fit_is_named(latent_backbone: Backbone, resolution: int) -> None:
     with pytest.raises(ValueError, match=f"resolution of {resolution} does not fit this backbone: use a multiple of 8"):
-        latent_backbone.check_resolution(resolution)
+        latent_backbone.latents.check_side(resolution)
 
 
 # -- the hash ----------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_the_files_are_enough_to_load_the_backbone(backbone: Backbone, tmp_path:
         shutil.copy(backbone.folder / name, tmp_path / name)
     assert open_backbone(tmp_path).hash == backbone.hash
     pipeline = getattr(diffusers, backbone.pipeline_classes[0]).from_pretrained(tmp_path)
-    assert pipeline.tokenizer("a dog").input_ids == backbone.tokenizers["tokenizer"]("a dog").input_ids
+    assert pipeline.tokenizer("a dog").input_ids == backbone.text.tokenizers["tokenizer"]("a dog").input_ids
 
 
 def test_a_backbone_that_is_there_in_half_precision_only_is_loaded_from_that(folder: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ STABLE_DIFFUSION: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "b
 )
 def test_the_schedule_is_that_of_the_backbones_scheduler(copy: Path, scheduler: Any) -> None:
     scheduler.save_pretrained(copy / "scheduler")
-    schedule = open_backbone(copy).schedule
+    schedule = open_backbone(copy).objective
     assert schedule.steps == 1000
     assert schedule.prediction == scheduler.config.prediction_type
     torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod, atol=0, rtol=0)
@@ -317,7 +317,7 @@ def test_zero_terminal_snr_reaches_pure_noise(copy: Path) -> None:
     # Euler keeps 2**-24 in the last place, for a finite sigma; training has no need of that.
     scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     scheduler.save_pretrained(copy / "scheduler")
-    schedule = open_backbone(copy).schedule
+    schedule = open_backbone(copy).objective
     torch.testing.assert_close(schedule.alphas_cumprod[:-1], scheduler.alphas_cumprod[:-1])
     assert schedule.alphas_cumprod[-1] == 0
     x, epsilon = torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
@@ -329,7 +329,7 @@ def test_a_scheduler_without_such_a_schedule_is_refused(copy: Path, scheduler: A
     for file in (copy / "scheduler").iterdir():
         file.unlink()
     scheduler.save_pretrained(copy / "scheduler")
-    with pytest.raises(ValueError, match=f"{type(scheduler).__name__}, which has no variance-preserving"):
+    with pytest.raises(ValueError, match=f"not trainable here: {type(scheduler).__name__} fits no objective"):
         open_backbone(copy)
 
 

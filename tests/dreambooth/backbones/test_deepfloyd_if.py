@@ -52,23 +52,23 @@ def photo() -> Tensor:
 
 def test_pixels_are_their_own_latents(stage_i: DeepFloydIF) -> None:
     pixels = normal((2, 3, 32, 32), "pixels")
-    mean, log_variance = stage_i.encode_images({}, pixels)
+    mean, log_variance = stage_i.latents.encode({}, pixels)
     drawn = mean + (0.5 * log_variance).exp() * normal(mean.shape, "latent")
-    assert torch.equal(stage_i.scale_latents(drawn), pixels)
-    assert (stage_i.default_resolution, stage_i.latent_shape(64)) == (32, (3, 64, 64))
-    stage_i.check_resolution(34)
+    assert torch.equal(stage_i.latents.scale(drawn), pixels)
+    assert (stage_i.default_resolution, stage_i.latents.shape(64)) == (32, (3, 64, 64))
+    stage_i.latents.check_side(34)
     with pytest.raises(ValueError, match="a resolution of 33 does not fit this backbone: use a multiple of 2"):
-        stage_i.check_resolution(33)
+        stage_i.latents.check_side(33)
 
 
 def test_padding_leaves_no_trace_in_the_text(stage_i: DeepFloydIF) -> None:
     """T5 hears the mask: what stands in the place of padding does not matter to the prompt's own states."""
     encoders = {"text_encoder": stage_i.load("text_encoder")}
-    ids = stage_i.tokenize(["a dog"])["tokenizer"]
+    ids = stage_i.text.tokenize(["a dog"])["tokenizer"]
     length = int((ids != 0).sum())
     with torch.no_grad():
-        padded = stage_i.encode_text(encoders, {"tokenizer": ids})["encoder_hidden_states"]
-        alone = stage_i.encode_text(encoders, {"tokenizer": ids[:, :length]})["encoder_hidden_states"]
+        padded = stage_i.text.encode(encoders, {"tokenizer": ids})["encoder_hidden_states"]
+        alone = stage_i.text.encode(encoders, {"tokenizer": ids[:, :length]})["encoder_hidden_states"]
         unmasked = encoders["text_encoder"](ids).last_hidden_state
     torch.testing.assert_close(padded[:, :length], alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(padded, unmasked, atol=1e-3)
@@ -78,19 +78,19 @@ def test_prompts_are_cleaned_as_in_the_pipeline(stage_i: DeepFloydIF) -> None:
     pipeline = IFPipeline.from_pretrained(stage_i.folder)
     prompts = ["  A Dog on the BEACH ", 'a "dog", please', "a dog at http://example.com"]
     expected = pipeline._text_preprocessing(prompts, clean_caption=True)
-    assert [stage_i.clean_prompt(prompt) for prompt in prompts] == expected
-    assert torch.equal(*(stage_i.tokenize([text])["tokenizer"] for text in ("A Dog", "a dog")))
+    assert [stage_i.text.clean(prompt) for prompt in prompts] == expected
+    assert torch.equal(*(stage_i.text.tokenize([text])["tokenizer"] for text in ("A Dog", "a dog")))
 
 
 def test_an_identifier_that_cleaning_would_lose_is_refused_and_never_found(stage_i: DeepFloydIF) -> None:
-    tokenizers = tuple(stage_i.tokenizers.values())
+    tokenizers = tuple(stage_i.text.tokenizers.values())
     with pytest.raises(ValueError, match="'Xqj' is lost to this backbone, which cleans prompts: it reads 'a Xqj dog'"):
-        check_identifier("Xqj", tokenizers, stage_i.clean_prompt)
+        check_identifier("Xqj", tokenizers, stage_i.text.clean)
     found = {
-        find_identifier(tokenizers, seed=seed, subject="dog", tokens=2, clean=stage_i.clean_prompt).text
+        find_identifier(tokenizers, seed=seed, subject="dog", tokens=2, clean=stage_i.text.clean).text
         for seed in range(5)
     }
-    assert all(stage_i.clean_prompt(f"a {text} dog") == f"a {text} dog" for text in found)
+    assert all(stage_i.text.clean(f"a {text} dog") == f"a {text} dog" for text in found)
 
 
 def test_only_epsilon_is_trained(stage_i: DeepFloydIF) -> None:
@@ -149,14 +149,14 @@ def in_training(backbone: DeepFloydIFSuperResolution, x: Tensor, epsilon: Tensor
     """What enters the U-Net when training predicts epsilon of the image x, by the same calls as training's."""
     encoders = {"text_encoder": backbone.load("text_encoder")}
     with torch.no_grad():
-        conditioning = backbone.encode_text(encoders, backbone.tokenize(["a dog"]))
+        conditioning = backbone.text.encode(encoders, backbone.text.tokenize(["a dog"]))
         conditioning |= backbone.image_conditioning(x, noise, LOW)
         seen: dict[str, Any] = {}
         unet = backbone.load("unet")
         unet.register_forward_pre_hook(
             lambda _, arguments, named: seen.update(named, input=arguments[0], t=arguments[1]), with_kwargs=True
         )
-        backbone.predict(unet, backbone.schedule.add_noise(x, epsilon, t), t, conditioning)
+        backbone.predict(unet, backbone.objective.add_noise(x, epsilon, t), t, conditioning)
     return seen
 
 

@@ -6,17 +6,9 @@ from pathlib import Path
 import pytest
 from diffusers import SchedulerMixin
 
-from dreambooth.backbones import FAMILIES, Backbone, DeepFloydIFSuperResolution, open_backbone
+from dreambooth.backbones import FAMILIES, PRESETS, Backbone, DeepFloydIF, DeepFloydIFSuperResolution, open_backbone
 from dreambooth.backbones.precision import DTYPES
-from dreambooth.backbones.presets import (
-    MACHINE_PRESETS,
-    MACHINES,
-    PRESETS,
-    MachinePreset,
-    Preset,
-    machine_preset,
-    preset_of,
-)
+from dreambooth.backbones.presets import MACHINES, MachinePreset, Preset
 from dreambooth.memory import GPU_RESERVE, plan_memory
 from dreambooth.sampling.sampler import scheduler_class
 from tests.full_size import FULL_SIZE, write_full_size
@@ -64,14 +56,14 @@ def test_presets_are_usable(preset: Preset) -> None:
 
 
 def test_a_backbone_has_the_preset_of_its_family(small_sdxl: Path, small_stable_diffusion: Path) -> None:
-    assert preset_of(open_backbone(small_sdxl)) is PRESETS["sdxl"]
-    assert preset_of(open_backbone(small_stable_diffusion)) is PRESETS["stable-diffusion"]
+    assert open_backbone(small_sdxl).preset is PRESETS["sdxl"]
+    assert open_backbone(small_stable_diffusion).preset is PRESETS["stable-diffusion"]
 
 
 def test_the_embedded_backbone_has_its_own_though_it_is_an_sdxl(small_sdxl: Path) -> None:
     backbone = open_backbone(small_sdxl)
     backbone.source = "embedded"
-    assert preset_of(backbone) is PRESETS["embedded"]
+    assert backbone.preset is PRESETS["embedded"]
 
 
 def test_full_size_configurations_have_the_published_numbers_of_parameters(full_size: Backbone) -> None:
@@ -82,7 +74,7 @@ def test_full_size_configurations_have_the_published_numbers_of_parameters(full_
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_machine_preset_fits_and_gives_up_no_speed_for_nothing(full_size: Backbone, machine: str) -> None:
-    row = machine_preset(full_size, machine)
+    row = full_size.machine_preset(machine)
     assert row.resolution == full_size.default_resolution
     assert fits(full_size, machine, row)
     if row.offload != "none":
@@ -92,8 +84,9 @@ def test_a_machine_preset_fits_and_gives_up_no_speed_for_nothing(full_size: Back
 
 
 def test_every_family_has_a_preset_for_every_machine_with_its_own_learning_rate() -> None:
-    assert MACHINE_PRESETS.keys() == {(family.family, machine) for family in FAMILIES for machine in MACHINES}
-    for (family, machine), row in MACHINE_PRESETS.items():
+    rows = {(one.family, machine): row for one in FAMILIES for machine, row in one.machine_presets.items()}
+    assert rows.keys() == {(family.family, machine) for family in FAMILIES for machine in MACHINES}
+    for (family, machine), row in rows.items():
         assert row.learning_rate == PRESETS[family].learning_rate
         assert row.batch % MACHINES[machine].gpus == 0
         assert row.steps * row.batch <= PRESETS[family].steps * PRESETS[family].batch
@@ -102,7 +95,7 @@ def test_every_family_has_a_preset_for_every_machine_with_its_own_learning_rate(
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_stages_of_a_cascade_share_one_worker_group(machine: str) -> None:
-    first, second = (MACHINE_PRESETS[family, machine] for family in ("deepfloyd-if", "deepfloyd-if-ii"))
+    first, second = (family.machine_presets[machine] for family in (DeepFloydIF, DeepFloydIFSuperResolution))
     assert (first.zero_stage, first.offload, first.precision) == (second.zero_stage, second.offload, second.precision)
 
 
@@ -110,4 +103,4 @@ def test_the_embedded_backbone_needs_no_machine(small_sdxl: Path) -> None:
     backbone = open_backbone(small_sdxl)
     backbone.source = "embedded"
     with pytest.raises(ValueError, match="--preset 1x24GB"):
-        machine_preset(backbone, "1x24GB")
+        backbone.machine_preset("1x24GB")

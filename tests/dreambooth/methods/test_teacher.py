@@ -18,10 +18,10 @@ def test_it_predicts_what_the_backbone_predicts_and_learns_nothing(name: str, re
     teacher = Teacher(backbone, backbone.load(backbone.denoiser))
     denoiser = backbone.load(backbone.denoiser)
     encoders = {encoder: backbone.load(encoder) for encoder in backbone.text_encoders}
-    conditioning = backbone.encode_text(encoders, backbone.tokenize(["a mug", "a dog"]))
+    conditioning = backbone.text.encode(encoders, backbone.text.tokenize(["a mug", "a dog"]))
     for key, value in backbone.size_conditioning((32, 32), (0, 0), (32, 32)).items():
         conditioning[key] = value.expand(2, *value.shape)
-    z_t, t = torch.randn(2, *backbone.latent_shape(32)), torch.tensor([3, 700])
+    z_t, t = torch.randn(2, *backbone.latents.shape(32)), torch.tensor([3, 700])
     said = teacher(z_t, t, conditioning)
     # Of DeepFloyd IF's six channels, the three that are trained.
     assert said.shape == z_t.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dreambooth.backbones import Backbone, open_backbone
-from dreambooth.methods.textual_inversion import LearnedEmbeds, TextualInversion, read_learned_embeds
+from dreambooth.methods.textual_inversion import InvertedText, LearnedEmbeds, read_learned_embeds
 
 IDENTIFIER = "zqx"
 
@@ -36,14 +36,14 @@ def random_embeds(backbone: Backbone, encoders: dict[str, Any], identifier: str 
 
 def encode(backbone: Backbone, encoders: dict[str, Any], prompt: str) -> dict[str, Tensor]:
     with torch.no_grad():
-        return backbone.encode_text(encoders, backbone.tokenize([prompt]))
+        return backbone.text.encode(encoders, backbone.text.tokenize([prompt]))
 
 
 def test_it_begins_as_the_class_noun(backbone: Backbone) -> None:
     encoders = load_encoders(backbone)
     noun = "mug"
     embeds = LearnedEmbeds.of_noun(backbone, encoders, IDENTIFIER, noun)
-    for name, tokenizer in zip(backbone.text_encoders, backbone.tokenizers.values(), strict=True):
+    for name, tokenizer in zip(backbone.text_encoders, backbone.text.tokenizers.values(), strict=True):
         table = encoders[name].get_input_embeddings().weight
         mean = table[tokenizer.encode(noun, add_special_tokens=False)].mean(0)
         own = {token for token in tokenizer.encode(IDENTIFIER, add_special_tokens=False) if tokenizer.decode([token])}
@@ -67,12 +67,11 @@ def test_prompts_with_the_identifier_alone_change(backbone: Backbone) -> None:
 
 def test_gradients_reach_the_embeddings_and_nothing_else(backbone: Backbone) -> None:
     networks = {name: backbone.load(name) for name in (backbone.denoiser, *backbone.text_encoders)}
-    encoders = {name: networks[name] for name in backbone.text_encoders}
-    module = TextualInversion(backbone, networks, LearnedEmbeds.of_noun(backbone, encoders, IDENTIFIER, "mug"))
+    module = InvertedText(backbone, networks, IDENTIFIER, "mug")
     assert {name for name, _ in module.named_parameters()} == {f"embeds.{name}" for name in backbone.text_encoders}
     sizes = {name: value[None] for name, value in backbone.size_conditioning((32, 32), (0, 0), (32, 32)).items()}
-    z_t = torch.randn(1, *backbone.latent_shape(32))
-    module(z_t, torch.tensor([500]), sizes, backbone.tokenize([f"a {IDENTIFIER}"])).square().mean().backward()
+    z_t = torch.randn(1, *backbone.latents.shape(32))
+    module(z_t, torch.tensor([500]), sizes, backbone.text.tokenize([f"a {IDENTIFIER}"])).square().mean().backward()
     assert all((p.grad is not None and p.grad.abs().min() > 0) for p in module.parameters())
     assert all(p.grad is None for network in networks.values() for p in network.parameters())
 
@@ -94,7 +93,7 @@ def test_diffusers_reads_them_and_draws_the_same_image(
         return pipeline(prompt, num_inference_steps=3, generator=generator, output_type="np").images
 
     before = draw(plain, f"a {identifier} on the beach")
-    for encoder, tokenizer in zip(backbone.text_encoders, backbone.tokenizer_names, strict=True):
+    for encoder, tokenizer in zip(backbone.text_encoders, backbone.text.tokenizer_names, strict=True):
         plain.load_textual_inversion(
             str(tmp_path),
             weight_name=f"{encoder}.safetensors",

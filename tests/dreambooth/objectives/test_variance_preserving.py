@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreambooth.common.streams import normal
 from dreambooth.objectives.losses import denoising_loss, prior_preservation_loss
-from dreambooth.objectives.variance_preserving import PREDICTIONS, NoiseSchedule, Prediction
+from dreambooth.objectives.variance_preserving import PREDICTIONS, Prediction, VariancePreserving
 
 ALPHAS_SQUARED = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 """Stable Diffusion's schedule."""
@@ -31,11 +31,11 @@ PLAIN_FACTOR: dict[Prediction, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def make_schedule(prediction: Prediction, terminal: float | None = None) -> NoiseSchedule:
+def make_schedule(prediction: Prediction, terminal: float | None = None) -> VariancePreserving:
     alphas_squared = ALPHAS_SQUARED.copy()
     if terminal is not None:
         alphas_squared[-1] = terminal
-    return NoiseSchedule(torch.from_numpy(alphas_squared).float(), prediction)
+    return VariancePreserving(torch.from_numpy(alphas_squared).float(), prediction)
 
 
 def drawn() -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +157,7 @@ def test_the_loss_is_computed_in_float32() -> None:
 
 def test_an_unknown_prediction_type_is_named() -> None:
     with pytest.raises(ValueError, match="'flow_prediction', which is not trainable here"):
-        NoiseSchedule(torch.ones(3), "flow_prediction")  # type: ignore[arg-type]
+        VariancePreserving(torch.ones(3), "flow_prediction")  # type: ignore[arg-type]
 
 
 GOLDEN = {

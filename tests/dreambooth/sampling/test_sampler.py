@@ -73,7 +73,7 @@ def test_settings_reach_the_pipeline(backbone: Backbone) -> None:
     settings = replace(SETTINGS, scheduler="HeunDiscreteScheduler", precision="bf16")
     pipeline = load_pipeline(backbone, settings, CPU, {"unet": unet})
     assert type(pipeline.scheduler) is diffusers.HeunDiscreteScheduler
-    assert pipeline.scheduler.config.prediction_type == backbone.schedule.prediction
+    assert pipeline.scheduler.config.prediction_type == backbone.objective.prediction
     assert pipeline.unet is unet
     assert pipeline.text_encoder.dtype == torch.bfloat16
     assert torch.get_num_threads() == 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from dreambooth.backbones import open_backbone
-from dreambooth.subjects.crops import CROPS, View, bucket_frames, centre_view, nearest_frame, view_count, views
+from dreambooth.subjects.crops import CROPS, View, bucket_sizes, centre_view, nearest_bucket, view_count, views
 
 SIDES = st.integers(20, 300)
 FRAMES = st.sampled_from([(32, 32), (24, 40), (40, 24), (64, 32)])
@@ -23,38 +23,38 @@ def gradient(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.stack([x, y, (x + y) / 2], -1).astype(np.uint8))
 
 
-def drawn(size: tuple[int, int], frame: tuple[int, int], *key: int | str, flip: bool = True) -> list[View]:
-    return views(size, frame, *key, count=view_count(flip, True), flip=flip, random_crop=True)
+def drawn(size: tuple[int, int], bucket: tuple[int, int], *key: int | str, flip: bool = True) -> list[View]:
+    return views(size, bucket, *key, count=view_count(flip, True), flip=flip, random_crop=True)
 
 
 def as_diffusers_trains(photo: Image.Image, view: View) -> Image.Image:
     """The steps of diffusers' SDXL training script, one after another: resize, flip, crop at (top, left)."""
     scaled = photo.resize(view.scaled[::-1], Image.Resampling.LANCZOS)
     flipped = ImageOps.mirror(scaled) if view.mirrored else scaled
-    (top, left), (height, width) = view.corner, view.frame
+    (top, left), (height, width) = view.corner, view.bucket
     return flipped.crop((left, top, left + width, top + height))
 
 
 @given(SIDES, SIDES, FRAMES, st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
 def test_a_view_is_scaled_mirrored_and_cut_at_its_corner(
-    height: int, width: int, frame: tuple[int, int], seed: int
+    height: int, width: int, bucket: tuple[int, int], seed: int
 ) -> None:
     photo = gradient(height, width)
-    for view in [centre_view((height, width), frame), *drawn((height, width), frame, seed)[:2]]:
+    for view in [centre_view((height, width), bucket), *drawn((height, width), bucket, seed)[:2]]:
         assert view.original == (height, width)
         picture = view.show(photo)
-        assert picture.size == frame[::-1]
+        assert picture.size == bucket[::-1]
         expected = as_diffusers_trains(photo, view)
         np.testing.assert_allclose(np.asarray(picture, int), np.asarray(expected, int), atol=2)
 
 
 @given(SIDES, SIDES, FRAMES)
-def test_a_photo_is_scaled_to_just_cover_its_frame(height: int, width: int, frame: tuple[int, int]) -> None:
-    view = centre_view((height, width), frame)
-    scale = max(frame[0] / height, frame[1] / width)
+def test_a_photo_is_scaled_to_just_cover_its_frame(height: int, width: int, bucket: tuple[int, int]) -> None:
+    view = centre_view((height, width), bucket)
+    scale = max(bucket[0] / height, bucket[1] / width)
     assert view.scaled == pytest.approx((height * scale, width * scale), abs=0.51)
-    rest = [whole - cut for whole, cut in zip(view.scaled, frame, strict=True)]
+    rest = [whole - cut for whole, cut in zip(view.scaled, bucket, strict=True)]
     assert min(rest) == 0
     assert view.corner == tuple(each // 2 for each in rest)
 
@@ -72,12 +72,12 @@ def test_a_long_panorama_takes_no_more_memory_than_its_frame() -> None:
 
 @given(SIDES, SIDES, FRAMES, st.integers(), st.text())
 def test_views_are_a_function_of_their_key_and_stay_within_the_photo(
-    height: int, width: int, frame: tuple[int, int], seed: int, subject: str
+    height: int, width: int, bucket: tuple[int, int], seed: int, subject: str
 ) -> None:
-    made = drawn((height, width), frame, seed, subject)
-    assert made == drawn((height, width), frame, seed, subject)
+    made = drawn((height, width), bucket, seed, subject)
+    assert made == drawn((height, width), bucket, seed, subject)
     for view in made:
-        for corner, whole, cut in zip(view.corner, view.scaled, frame, strict=True):
+        for corner, whole, cut in zip(view.corner, view.scaled, bucket, strict=True):
             assert 0 <= corner <= whole - cut
 
 
@@ -110,7 +110,7 @@ def test_half_of_the_views_are_mirrored_and_none_unasked() -> None:
 @given(st.integers(1, 40), st.sampled_from([8, 32, 64]))
 def test_frames_fit_the_denoiser_and_have_no_more_pixels_than_the_square(units: int, multiple: int) -> None:
     resolution = units * multiple
-    frames = bucket_frames(resolution, multiple)
+    frames = bucket_sizes(resolution, multiple)
     assert frames[0] == (resolution, resolution)
     assert len(set(frames)) == len(frames)
     assert {(width, height) for height, width in frames} == set(frames)
@@ -123,23 +123,23 @@ def test_frames_fit_the_denoiser_and_have_no_more_pixels_than_the_square(units: 
 
 
 def test_sdxl_has_frames_of_its_own_training() -> None:
-    frames = bucket_frames(1024, 32)
+    frames = bucket_sizes(1024, 32)
     assert frames == [
         *((1024, 1024), (960, 1088), (1088, 960), (896, 1152), (1152, 896)),
         *((832, 1216), (1216, 832), (768, 1344), (1344, 768)),
     ]
-    assert bucket_frames(64, 64) == [(64, 64)]
+    assert bucket_sizes(64, 64) == [(64, 64)]
 
 
 @given(SIDES, SIDES)
 def test_the_nearest_frame_keeps_most_of_a_photo(height: int, width: int) -> None:
-    frames = bucket_frames(512, 64)
+    frames = bucket_sizes(512, 64)
 
-    def kept(frame: tuple[int, int]) -> float:
-        view = centre_view((height * 100, width * 100), frame)
-        return frame[0] * frame[1] / (view.scaled[0] * view.scaled[1])
+    def kept(bucket: tuple[int, int]) -> float:
+        view = centre_view((height * 100, width * 100), bucket)
+        return bucket[0] * bucket[1] / (view.scaled[0] * view.scaled[1])
 
-    nearest = nearest_frame((height, width), frames)
+    nearest = nearest_bucket((height, width), frames)
     assert kept(nearest) == pytest.approx(max(map(kept, frames)), abs=0.01)
     assume(height != width)
     assert (nearest[0] > nearest[1]) <= (height > width)
@@ -151,13 +151,13 @@ def test_denoisers_take_every_frame(name: str, request: pytest.FixtureRequest) -
     backbone = open_backbone(folder)
     denoiser = backbone.load(backbone.denoiser)
     encoders = {encoder: backbone.load(encoder) for encoder in backbone.text_encoders}
-    frames = bucket_frames(backbone.default_resolution, backbone.side_multiple)
+    frames = bucket_sizes(backbone.default_resolution, backbone.latents.side_multiple)
     assert len(frames) > 1
-    for frame in frames:
-        channels, *_ = backbone.latent_shape(backbone.default_resolution)
-        z_t = torch.randn(1, channels, *(side // backbone.pixels_per_latent for side in frame))
+    for bucket in frames:
+        channels, *_ = backbone.latents.shape(backbone.default_resolution)
+        z_t = torch.randn(1, channels, *(side // backbone.latents.pixels_per_latent for side in bucket))
         with torch.no_grad():
-            conditioning = backbone.encode_text(encoders, backbone.tokenize(["a mug"]))
-            sizes = backbone.size_conditioning(frame, (0, 0), frame)
+            conditioning = backbone.text.encode(encoders, backbone.text.tokenize(["a mug"]))
+            sizes = backbone.size_conditioning(bucket, (0, 0), bucket)
             conditioning |= {key: value[None] for key, value in sizes.items()}
             assert backbone.predict(denoiser, z_t, torch.tensor([5]), conditioning).shape == z_t.shape

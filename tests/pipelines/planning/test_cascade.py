@@ -12,7 +12,7 @@ from diffusers import StableDiffusionUpscalePipeline
 from PIL import Image
 
 from dreambooth.backbones import Upscaler
-from dreambooth.versions.trained import UpscalingStage
+from dreambooth.versions.pipeline import upscaling_stage
 from pipelines.planning.options import parse
 from pipelines.planning.plan import Plan, make_plan
 from pipelines.planning.report import describe
@@ -42,7 +42,7 @@ def test_the_upscaler_belongs_to_the_run_and_to_nothing_that_is_trained(
     assert run.upscaling.backbone == plan.upscaler.hash
     assert (run.upscaling.samples.resolution, run.upscaling.samples.steps) == (256, 3)
     assert run.upscaling.samples.guidance == 9.0
-    assert [stage.training.resolution for stage in run.stages] == [32, 64]
+    assert [stage.training.resolution for stage in run.cascade] == [32, 64]
     assert plan.stored == (*plan.backbones, plan.upscaler)
     assert any(plan.upscaler.hash[:12] in line for line in describe(plan))
     other = make_plan(parse(cascade(photos, small_if, small_if_super_resolution, tmp_path), ""))
@@ -53,9 +53,10 @@ def test_the_upscaler_belongs_to_the_run_and_to_nothing_that_is_trained(
 def test_it_draws_what_diffusers_draws_of_the_class(plan: Plan, small_upscaler: Path) -> None:
     run = plan.subjects[0].run
     assert plan.upscaler is not None
+    assert run.upscaling is not None
     plan.store.add_backbone(plan.upscaler)
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    [image] = UpscalingStage(plan.store, run).draw(f"a {run.phrase} in the snow", 5, [small])
+    [image] = upscaling_stage(plan.store, run, run.upscaling).draw([f"a {run.phrase} in the snow"], [5], [small])
     pipeline = StableDiffusionUpscalePipeline.from_pretrained(small_upscaler)
     drawn = pipeline(
         prompt="a mug in the snow",

@@ -94,7 +94,7 @@ def open_batches(store: SubjectStore, run: RunSpec) -> Batches:
 
 def photos_by_frame(planned: PlannedSubject) -> dict[str, list[int]]:
     """The photos in each frame, in the order in which a training set has them."""
-    return {frame: [n for n, other in enumerate(FRAMES) if other == frame] for frame in sorted(set(FRAMES))}
+    return {bucket: [n for n, other in enumerate(FRAMES) if other == bucket] for bucket in sorted(set(FRAMES))}
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_each_photo_is_conditioned_on_its_own_caption_and_each_distinct_prompt_i
     for half, labels in (("instance", prompts), ("prior", ["a mug"] * 4)):
         rows = tensors[f"{half}.32x32.prompt"].flatten()
         with torch.no_grad():
-            expected = backbone.encode_text(encoders, backbone.tokenize(labels))
+            expected = backbone.text.encode(encoders, backbone.text.tokenize(labels))
         for name, value in expected.items():
             assert len(tensors[f"text.{name}"]) == 4  # three captions and the class prompt
             torch.testing.assert_close(tensors[f"text.{name}"][rows], value, rtol=1e-4, atol=1e-5)
@@ -123,7 +123,7 @@ def test_each_photo_is_conditioned_on_its_own_caption_and_each_distinct_prompt_i
     drawn = [prompts[shuffled(3 * 2 + sample, 4, *base, "order")] for sample in range(2)]
     for half, labels in ((instance, drawn), (prior, ["a mug"] * 2)):
         with torch.no_grad():
-            expected = backbone.encode_text(encoders, backbone.tokenize(labels))
+            expected = backbone.text.encode(encoders, backbone.text.tokenize(labels))
         for name, value in expected.items():
             torch.testing.assert_close(half.conditioning[name], value, rtol=1e-4, atol=1e-5)
     assert instance.ids == {}
@@ -136,7 +136,7 @@ def test_trained_text_encoders_get_the_token_ids_of_the_captions(prepare: Prepar
     base = (run.seed, run.subject, "instance")
     drawn = [run.captions[shuffled(5 * 2 + sample, 4, *base, "order")] for sample in range(2)]
     for half, labels in ((instance, drawn), (prior, ["a mug"] * 2)):
-        for name, ids in backbone.tokenize(labels).items():
+        for name, ids in backbone.text.tokenize(labels).items():
             assert torch.equal(half.ids[name], ids)
         assert half.conditioning.keys() == {"time_ids"}
 
@@ -155,12 +155,12 @@ def test_latents_and_conditioning_of_a_view_agree_as_in_diffusers_training(
     frames = photos_by_frame(planned) if training.frames else {"32x32": [0, 1, 2, 3]}
     assert {name.split(".")[1] for name in tensors if name.startswith("instance")} == set(frames)
     corners = set()
-    for frame, photos in frames.items():
-        target = [int(side) for side in frame.split("x")]
+    for bucket, photos in frames.items():
+        target = [int(side) for side in bucket.split("x")]
         for position, number in enumerate(photos):
             photo = planned.subject.images[number].pixels()
             for view in range(training.views):
-                told = tensors[f"instance.{frame}.time_ids"][position, view].int().tolist()
+                told = tensors[f"instance.{bucket}.time_ids"][position, view].int().tolist()
                 assert told[:2] == [photo.height, photo.width]
                 assert told[4:] == target
                 # diffusers' script: resize the photo whole, flip it, crop at the corner that the U-Net is told.
@@ -176,7 +176,7 @@ def test_latents_and_conditioning_of_a_view_agree_as_in_diffusers_training(
                 with torch.no_grad():
                     mean = vae.encode(to_pixels([cut])).latent_dist.mean[0]
                     other = vae.encode(to_pixels([ImageOps.mirror(cut)])).latent_dist.mean[0]
-                cached = tensors[f"instance.{frame}.mean"][position, view]
+                cached = tensors[f"instance.{bucket}.mean"][position, view]
                 assert cached.shape == mean.shape == (4, target[0] // 4, target[1] // 4)
                 # Resizing and cutting in one pass rounds differently; the mirrored picture is another one.
                 assert (cached - mean).abs().max() < 0.2 * (other - mean).abs().max()
@@ -206,7 +206,7 @@ def test_every_view_of_every_photo_is_shown_equally_often(prepare: Prepare, tmp_
     backbone = store.open_backbone(planned.run.backbone)
     batches = Batches(planned.run, backbone, tmp_path / "marked.safetensors")
     shown = torch.cat([batches.rows(step, range(2))[0].x[:, 0, 0, 0] for step in range(16)])
-    shown = (shown / backbone.scale_latents(torch.ones(1))).round().int()
+    shown = (shown / backbone.latents.scale(torch.ones(1))).round().int()
     assert sorted(shown.tolist()) == list(range(4 * 8))
     # Each pass over the photos shows each of them once, and not the same view of each.
     assert all(sorted((row // 8).tolist()) == [0, 1, 2, 3] for row in shown.view(8, 4))
@@ -259,12 +259,12 @@ def view_of(planned: PlannedSubject, step: int, sample: int) -> tuple[int, View]
     run = planned.run
     base, groups = (run.seed, run.subject, "instance"), photos_by_frame(planned)
     chosen, visit = turn(step, [len(photos) for photos in groups.values()], *base, "frame")
-    frame, photos = list(groups.items())[chosen]
+    bucket, photos = list(groups.items())[chosen]
     position = visit * run.training.batch + sample
     place = shuffled(position, len(photos), *base, "order")
-    view = shuffled(position // len(photos), 8, *base, "view", frame, place)
+    view = shuffled(position // len(photos), 8, *base, "view", bucket, place)
     photo, key = planned.subject.images[photos[place]], (run.seed, run.subject, "view", photos[place])
-    height, width = (int(side) for side in frame.split("x"))
+    height, width = (int(side) for side in bucket.split("x"))
     made = views((photo.height, photo.width), (height, width), *key, count=8, flip=True, random_crop=True)
     return photos[place], made[view]
 
@@ -288,7 +288,7 @@ def errors_in_float64(
                 photo, view = view_of(planned, step, sample)
                 picture = view.show(planned.subject.images[photo].pixels())
                 prompt = CAPTIONS[photo].replace("{subject}", f"{run.identifier} mug")
-                sizes = [*view.original, *view.corner, *view.frame]
+                sizes = [*view.original, *view.corner, *view.bucket]
             else:
                 picture = priors[shuffled(step * run.training.batch + sample, 4, *key, "order")]
                 prompt, sizes = "a mug", [32, 32, 0, 0, 32, 32]
@@ -310,7 +310,7 @@ def predict_in_float64(
 ) -> Tensor:
     states = []
     for number in ("", "_2"):
-        tokenizer = backbone.tokenizers[f"tokenizer{number}"]
+        tokenizer = backbone.text.tokenizers[f"tokenizer{number}"]
         ids = tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
         output = networks[f"text_encoder{number}"](ids, output_hidden_states=True)
         states.append(output.hidden_states[-2])
