@@ -1,1 +1,1 @@
-"""Which models there are."""
+"""The catalog of models, and the index of JSON files behind it."""

@@ -1,4 +1,4 @@
-"""Which models there are."""
+"""The published versions of a store, and which of them can be served."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FORMAT = 1
 _PARTS = {
     family.family: {family.denoiser, *family.image_encoders, *family.text_encoders, LEARNED_EMBEDS}
     for family in FAMILIES
-    if family.image_encoders  # the skeleton decodes latents
+    if family.image_encoders  # the swap pipeline decodes latents
 }
-"""The parts that a version may hold of a backbone, by the families that are served."""
+"""The components that a version may hold, by family; only these families are served."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A published version: what answers need of its manifest."""
+    """A published version: the part of its manifest that answers need."""
 
     subject: str
     version: str
@@ -34,15 +34,15 @@ class Entry:
     """Hash of its backbone."""
     identifier: str
     phrase: str
-    """What the subject is called in prompts."""
+    """The words that replace `{subject}` in a prompt."""
     samples: SamplerSettings
-    """How the samples that it was published with were drawn."""
+    """The sampler settings of the samples that were published with it: the defaults of requests."""
     unserved: str | None
-    """Why no image of it can be drawn here; None when they can."""
+    """Why the version cannot be served; None when it can."""
 
 
 def entry_of(manifest: Mapping[str, Any]) -> Entry:
-    """What is kept of a manifest."""
+    """The entry for a manifest; KeyError or TypeError when the manifest is malformed."""
     return Entry(
         subject=manifest["subject"],
         version=manifest["version"],
@@ -56,7 +56,7 @@ def entry_of(manifest: Mapping[str, Any]) -> Entry:
 
 
 def why_unserved(manifest: Mapping[str, Any]) -> str | None:
-    """Why the images of a version would not be those that it was made for; None when they would."""
+    """Why this server would draw wrong images of a version; None when it draws the right ones."""
     family, components = manifest["backbone"]["family"], manifest["components"]
     if manifest["format"] != _FORMAT:
         return f"its format is {manifest['format']}, and this server reads format {_FORMAT}"
@@ -68,13 +68,10 @@ def why_unserved(manifest: Mapping[str, Any]) -> str | None:
 
 
 class Catalog:
-    """The store's published versions.
-
-    Models are looked up here, so that an id that nobody published costs a dictionary lookup and reaches no replica.
-    """
+    """The published versions of a store, in memory: an unknown model costs one lookup here and reaches no replica."""
 
     def __init__(self, store: SubjectStore, backbones: Collection[str] | None = None) -> None:
-        """Nothing is read before the first question. Versions of other backbones than these are not served."""
+        """Read nothing before the first query. With `backbones` (hashes), versions of others are not served."""
         self._store, self._backbones = store, backbones
         self._index = Index(store.root / "subjects", r"[^/]+/versions/[^/]+/manifest\.json", self._keep)
         self._entries: Mapping[str, Entry] | None = None
@@ -87,7 +84,7 @@ class Catalog:
         return entry
 
     async def versions(self) -> Mapping[str, list[Entry]]:
-        """The versions of each subject, oldest first; subjects without any are left out."""
+        """The versions of each subject, oldest first; a subject without versions is left out."""
         entries = await self._index.entries()
         if entries is not self._entries:
             found: dict[str, list[Entry]] = {}
@@ -97,7 +94,7 @@ class Catalog:
         return self._versions
 
     async def find(self, model: str) -> Entry | None:
-        """The version that `subject` or `subject@version` names."""
+        """The version that `subject` (its newest) or `subject@version` names; None when there is none."""
         subject, _, wanted = model.partition("@")
         published = (await self.versions()).get(subject, [])
         if published and "@" not in model:
@@ -105,10 +102,10 @@ class Catalog:
         return next((entry for entry in published if entry.version == wanted), None)
 
     async def manifest(self, entry: Entry) -> dict[str, Any]:
-        """All that a version's manifest says, from the store."""
+        """Read the whole manifest of a version from the store."""
         location = self._store.version_location(entry.subject, entry.version) / "manifest.json"
         return await asyncio.to_thread(location.read_json)
 
     async def scores(self, entry: Entry) -> list[dict[str, Any]]:
-        """What judges say of a version, from the store."""
+        """Read the score records of a version from the store."""
         return await asyncio.to_thread(self._store.scores, entry.subject, entry.version)

@@ -1,1 +1,1 @@
-"""The replica that draws: its scheduler, pipeline and caches of weights."""
+"""The replica that draws images: its scheduler, pipeline and weight caches."""

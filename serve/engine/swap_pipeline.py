@@ -1,4 +1,4 @@
-"""One pipeline of a backbone, into which subjects' weights are copied in place."""
+"""One diffusers pipeline of a backbone; the weights of a version are copied into it in place."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dreambooth.methods.textual_inversion import LEARNED_EMBEDS
 from serve.request import GenerationRequest
 
 OnStep = Callable[[int, Callable[[], np.ndarray]], None]
-"""Called after each step with its number and a function that gives previews; what it raises ends the drawing."""
+"""Called after each step with its number and a function that decodes previews; an exception ends the sampling."""
 
 
 def tensor_named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The tensor of a name, or a row of it as a view: `NAME[7]`; LookupError when there is none."""
+    """The tensor `NAME`, or row 7 of it as a view: `NAME[7]`; LookupError when there is none."""
     whole, _, row = name.partition("[")
     return tensors[whole][int(row.removesuffix("]"))] if row else tensors[whole]
 
 
 class SwapPipeline:
-    """A pipeline built once, that takes on one subject after another: modules stay, the values of tensors change."""
+    """A pipeline that is built once: loading another version changes the values of tensors, never the modules."""
 
     def __init__(self, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
-        """Build the pipeline with the backbone's own weights, and keep these in host memory beside it."""
+        """Build the pipeline with the backbone's own weights, and keep a copy of these in host memory (`base`)."""
         self.device = device
         if "vae" not in backbone.image_encoders:
             raise ValueError(f"backbone {backbone.source!r} ({backbone.family}) works on pixels, and is not served yet")
@@ -56,7 +56,7 @@ class SwapPipeline:
         self._keep_estimates()
 
     def _keep_estimates(self) -> None:
-        # Schedulers return their estimate of the finished image beside the next latents; the pipelines drop it.
+        # Schedulers return an estimate of the finished latents beside the next ones; the pipelines drop it.
         step = self.pipeline.scheduler.step
 
         @functools.wraps(step)
@@ -68,22 +68,22 @@ class SwapPipeline:
         self.pipeline.scheduler.step = keeping
 
     def load_version(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Make the weights those of the subject version `name`: its tensors, and the backbone's for all others.
+        """Load the version `name`: copy its tensors, and reset to the backbone's those that only the last one changed.
 
-        False when they were its already.
+        False when the version is loaded already.
         """
         if name == self._loaded:
             return False
         for key, tensor in tensors.items():
             assert tensor_named(self._live, key).shape == tensor.shape, f"{name} does not fit its backbone: {key}"
-        self._loaded = None  # should a copy fail midway, the next subject is copied whatever it is
-        back = self._changed - tensors.keys()
+        self._loaded = None  # if a copy fails midway, the next version is loaded in any case
+        reset = self._changed - tensors.keys()
         self._changed |= tensors.keys()
-        # A row may be of a tensor that the other subject changed as a whole: first all is the backbone's again.
-        self._copy({key: tensor_named(self.base, key) for key in back})
+        # Reset first: a row of this version may lie in a tensor that the last version changed as a whole.
+        self._copy({key: tensor_named(self.base, key) for key in reset})
         self._copy(tensors)
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # the sources may be dropped once nobody draws with them
+            torch.cuda.synchronize()  # the source tensors may be evicted after this call
         self._loaded, self._changed = name, set(tensors)
         return True
 
@@ -94,9 +94,12 @@ class SwapPipeline:
             torch._foreach_copy_(live, list(tensors.values()), non_blocking=True)
 
     def draw(
-        self, order: GenerationRequest, texts: Sequence[tuple[str, str | None]], seeds: Sequence[int], on_step: OnStep
+        self, request: GenerationRequest, texts: Sequence[tuple[str, str | None]], seeds: Sequence[int], on_step: OnStep
     ) -> Any:
-        """Pixels (B, height, width, 3) in [0, 1] of a batch; texts and seeds are each image's own."""
+        """Sample a batch: pixels (B, height, width, 3) in [0, 1].
+
+        Size, steps and guidance are the request's; each image has its own (prompt, negative prompt) and seed.
+        """
         prompts, negatives = zip(*texts, strict=True)
 
         def callback(_pipeline: Any, step: int, _time: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
@@ -106,10 +109,10 @@ class SwapPipeline:
         return self.pipeline(
             prompt=list(prompts),
             negative_prompt=None if negatives[0] is None else list(negatives),
-            width=order.width,
-            height=order.height,
-            num_inference_steps=order.steps,
-            guidance_scale=order.guidance,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="np",
             callback_on_step_end=callback,

@@ -1,4 +1,4 @@
-"""Where subjects' weights wait: in host memory, on the local disk, in the store."""
+"""Two caches of the weights of versions: in host memory, and on the local disk for a remote store."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from dreambooth.store import SubjectStore, Version
 from serve import metrics
 from serve.engine.swap_pipeline import tensor_named
 
-_LOADS_AT_ONCE = 4
-_PATIENCE_SECONDS = 60.0
+_PARALLEL_LOADS = 4
+_RETRY_SECONDS = 60.0
 _ALIGNMENT = 64
 _LOG = logging.getLogger("ray.serve")
 
@@ -37,21 +37,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Weights:
-    """What a version changed against its backbone, by component and name, and the bytes of memory it takes."""
+    """The tensors in which a version differs from its backbone, by `COMPONENT.NAME`, and the bytes they take."""
 
     tensors: Mapping[str, Tensor]
     bytes: int
 
 
 class DiskCache:
-    """Versions of a remote store on the local disk, for all replicas of the machine; one on a disk is read there."""
+    """Versions of a remote store on the local disk, shared by the replicas of the machine.
+
+    A store on a disk is read in place, and nothing is copied.
+    """
 
     def __init__(self, store: SubjectStore, folder: Path, budget: int) -> None:
-        """Keep versions in `folder`; beyond `budget` bytes those that were read least recently are removed."""
+        """Keep versions in `folder`; beyond `budget` bytes the least recently read are evicted."""
         self._store, self._folder, self._budget = store, folder, budget
 
     def version(self, subject: str, version: str) -> Version:
-        """A published version, from the disk if it is there; LookupError when there is none."""
+        """A published version, by the manifest on the disk if there is one; LookupError when it was never published."""
         location = self._store.version_location(subject, version)
         with contextlib.suppress(FileNotFoundError):
             manifest = json.loads((self._folder_of(location) / "manifest.json").read_text())
@@ -63,7 +66,7 @@ class DiskCache:
 
     @contextlib.contextmanager
     def files(self, published: Version) -> Iterator[Path]:
-        """The folder of a version's files, downloaded unless it is there; it stays until the context ends."""
+        """The folder of a version's files, downloaded if necessary; it is not evicted before the context ends."""
         if published.location.local is not None:
             metrics.reads.inc(tags={"tier": "store"})
             yield published.location.local
@@ -74,7 +77,7 @@ class DiskCache:
             metrics.reads.inc(tags={"tier": "disk" if folder.exists() else "store"})
             if not folder.exists():
                 with FileLock(self._folder / "room.lock"):
-                    self._make_room(sum(entry["size"] for entry in published.manifest["files"].values()))
+                    self._evict(sum(entry["size"] for entry in published.manifest["files"].values()))
                 self._download(published, folder)
             os.utime(folder)
             yield folder
@@ -88,27 +91,27 @@ class DiskCache:
         published.location.download(partial)
         for name, entry in published.manifest["files"].items():
             if Location.of(partial / name).sha256() != entry["sha256"]:
-                raise OSError(f"{published.location / name} is not what was published")
+                raise OSError(f"{published.location / name} is not what was published: its SHA-256 differs")
         partial.rename(folder)
 
-    def _make_room(self, size: int) -> None:
-        kept = [path for path in self._folder.iterdir() if path.is_dir() and path.suffix != ".partial"]
-        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in kept}
+    def _evict(self, size: int) -> None:
+        folders = [path for path in self._folder.iterdir() if path.is_dir() and path.suffix != ".partial"]
+        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in folders}
         total = sum(sizes.values())
-        for folder in sorted(kept, key=lambda path: path.stat().st_mtime):
+        for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
             if total + size <= self._budget:
                 return
-            with contextlib.suppress(Timeout), FileLock(f"{folder}.lock", timeout=0):  # locked: a replica reads it
+            with contextlib.suppress(Timeout), FileLock(f"{folder}.lock", timeout=0):  # locked while a replica reads it
                 partial = folder.with_name(f"{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
-                folder.rename(partial)  # so that who is killed while removing it leaves no half of it
+                folder.rename(partial)  # so that a process killed here leaves no half a version
                 shutil.rmtree(partial)
                 total -= sizes[folder]
 
 
 @dataclass
-class _Held:
-    """A version in host memory, or on its way there; `bytes` is 0 until there is room for it."""
+class _CacheEntry:
+    """A version in host memory, or being loaded; `bytes` is 0 until space is reserved for it."""
 
     loading: asyncio.Task[Weights]
     bytes: int = 0
@@ -120,79 +123,79 @@ class _Held:
 
 
 class HostCache:
-    """Versions' tensors in host memory: each is read once however many ask for it, and stays while one uses it.
+    """A cache of tensors in host memory, by version: read once for concurrent requests, never evicted while in use.
 
-    Beyond a budget of bytes, the least recently used of those that nobody uses are dropped. A version that finds no
-    room waits for others to be given back; only one that does not fit an otherwise idle tier exceeds the budget.
+    Beyond a budget of bytes, the least recently used of the unused versions are evicted. A version that does not fit
+    waits for others to be released; it exceeds the budget only when it does not fit an otherwise idle cache.
     """
 
     def __init__(self, disk: DiskCache, base: Mapping[str, Tensor], budget: int, pin: bool = False) -> None:
-        """Start empty. Tensors are kept as `base` has them (type and layout), and not at all where they are equal.
+        """Start empty. Tensors take the dtype and layout that they have in `base`; those equal to it are not kept.
 
         `pin` keeps them in page-locked memory, from which CUDA copies directly.
         """
         self._disk, self._base, self._budget, self._pin = disk, base, budget, pin
-        self._held: OrderedDict[tuple[str, str], _Held] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], _CacheEntry] = OrderedDict()
         self._kept: frozenset[tuple[str, str]] = frozenset()
         self._changed = asyncio.Event()
-        self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, "load")
+        self._threads = ThreadPoolExecutor(_PARALLEL_LOADS, "load")
 
     @contextlib.asynccontextmanager
     async def lease(self, subject: str, version: str) -> AsyncIterator[Mapping[str, Tensor]]:
-        """A version's tensors, which are neither dropped nor changed until the context ends."""
+        """The tensors of a version, which are not evicted before the context ends."""
         key = (subject, version)
-        held = self._held.get(key)
-        if held is None:
-            held = self._held[key] = _Held(asyncio.create_task(self._load(key)))
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _CacheEntry(asyncio.create_task(self._load(key)))
         else:
             metrics.reads.inc(tags={"tier": "host"})
-        held.users += 1
+        entry.users += 1
         try:
-            weights = await asyncio.shield(held.loading)
-            self._held.move_to_end(key)
+            weights = await asyncio.shield(entry.loading)
+            self._entries.move_to_end(key)
             yield weights.tensors
         finally:
-            held.users -= 1
-            self._shrink()
+            entry.users -= 1
+            self._evict_to_budget()
             self._changed.set()
 
     async def keep(self, versions: frozenset[tuple[str, str]]) -> None:
-        """Read these versions, and drop them no more; those kept before are as others again."""
+        """Load these versions and never evict them; those of an earlier call may be evicted again."""
         self._kept = versions
-        await asyncio.gather(*(self._touch(*key) for key in versions - self._held.keys()))
+        await asyncio.gather(*(self._preload(*key) for key in versions - self._entries.keys()))
 
-    async def _touch(self, subject: str, version: str) -> None:
+    async def _preload(self, subject: str, version: str) -> None:
         async with self.lease(subject, version):
             pass
 
     @property
     def bytes(self) -> int:
-        """Bytes held, and those that the versions being read will take at most."""
-        return sum(held.bytes for held in self._held.values())
+        """Bytes in the cache, with those reserved for the versions being loaded."""
+        return sum(entry.bytes for entry in self._entries.values())
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        """Whether the version is held, or being read."""
-        return key in self._held
+        """Whether the version is in the cache, or being loaded."""
+        return key in self._entries
 
     async def _load(self, key: tuple[str, str]) -> Weights:
         started = time.perf_counter()
         try:
-            published = await self._patiently(self._disk.version, *key)
-            await self._wait_for_room(key, self._most_bytes(published))
-            weights = await self._patiently(self._read, published)
+            published = await self._with_retries(self._disk.version, *key)
+            await self._reserve(key, self._upper_bound(published))
+            weights = await self._with_retries(self._read, published)
         except BaseException:
-            del self._held[key]
+            del self._entries[key]
             self._changed.set()
             raise
-        self._held[key].bytes = weights.bytes
-        self._shrink()
+        self._entries[key].bytes = weights.bytes
+        self._evict_to_budget()
         self._changed.set()
         metrics.seconds.observe(time.perf_counter() - started, tags={"stage": "load"})
         return weights
 
-    async def _patiently(self, read: Callable[..., T], *args: Any) -> T:
-        """What `read` gives in a thread; tried again for a while when the store cannot be reached."""
-        end, pause = time.monotonic() + _PATIENCE_SECONDS, 0.5
+    async def _with_retries(self, read: Callable[..., T], *args: Any) -> T:
+        """Call `read` in a thread; retry for a while when the store cannot be reached."""
+        end, pause = time.monotonic() + _RETRY_SECONDS, 0.5
         while True:
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._threads, read, *args)
@@ -205,23 +208,23 @@ class HostCache:
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
 
-    async def _wait_for_room(self, key: tuple[str, str], size: int) -> None:
-        while not self._shrink(size) and any(held.bytes and held.busy for held in self._held.values()):
+    async def _reserve(self, key: tuple[str, str], size: int) -> None:
+        while not self._evict_to_budget(size) and any(entry.bytes and entry.busy for entry in self._entries.values()):
             self._changed.clear()
             await self._changed.wait()
-        self._held[key].bytes = size
+        self._entries[key].bytes = size
 
-    def _shrink(self, room: int = 0) -> bool:
-        """Drop what nobody uses until there is `room`; False when there is not."""
-        for key, held in list(self._held.items()):
-            if self.bytes + room <= self._budget:
+    def _evict_to_budget(self, needed: int = 0) -> bool:
+        """Evict unused versions until `needed` bytes fit; False when they do not."""
+        for key, entry in list(self._entries.items()):
+            if self.bytes + needed <= self._budget:
                 break
-            if held.bytes and not held.busy and key not in self._kept:
-                del self._held[key]
+            if entry.bytes and not entry.busy and key not in self._kept:
+                del self._entries[key]
         metrics.host_bytes.set(self.bytes)
-        return self.bytes + room <= self._budget
+        return self.bytes + needed <= self._budget
 
-    def _most_bytes(self, published: Version) -> int:
+    def _upper_bound(self, published: Version) -> int:
         if published.components == [LEARNED_EMBEDS]:
             return sum(entry["size"] for entry in published.manifest["files"].values())
         return sum(
@@ -245,7 +248,7 @@ class HostCache:
                     raise ValueError(f"{published.subject}@{published.id} holds no {component}/*.safetensors")
                 for path in weights:
                     with safe_open(folder / path, "pt") as file:
-                        for name in file.keys():  # noqa: SIM118, it is no dictionary
+                        for name in file.keys():  # noqa: SIM118, it is not a dictionary
                             self._take(found, f"{component}.{name}", file.get_tensor(name), published)
             return self._pack(found)
 
@@ -261,13 +264,13 @@ class HostCache:
             found[name] = tensor
 
     def _pack(self, found: Mapping[str, Tensor]) -> Weights:
-        """Copy the tensors, which may be views of mapped files, into one block."""
+        """Copy the tensors, which may be views of memory-mapped files, into one block."""
         starts, size = {}, 0
         for name, tensor in found.items():
             starts[name] = size
             size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         if self._pin:
-            size = 1 << max(size - 1, 0).bit_length()  # torch rounds page-locked blocks up to this: count it
+            size = 1 << max(size - 1, 0).bit_length()  # torch rounds page-locked blocks up to a power of two
         block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
         tensors = {}
         for name, tensor in found.items():

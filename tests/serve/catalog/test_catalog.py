@@ -1,4 +1,4 @@
-"""What there is to serve: small in memory, with a reason for what cannot be served, in spite of bad files."""
+"""The catalog: small in memory, with a reason for each version that cannot be served, whatever files there are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def changed(manifest: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     return {**manifest, **changes}
 
 
-async def test_the_newest_version_is_the_subjects(store: SubjectStore, versions: list[Version]) -> None:
+async def test_a_subject_is_its_newest_version(store: SubjectStore, versions: list[Version]) -> None:
     catalog = Catalog(store)
     found = await catalog.find("mug")
     assert found is not None
@@ -44,7 +44,7 @@ async def test_the_newest_version_is_the_subjects(store: SubjectStore, versions:
         ({"backbone": {"family": "flux", "hash": "0"}}, "flux"),
     ],
 )
-async def test_what_would_be_drawn_wrongly_is_not_served(
+async def test_a_version_that_would_be_drawn_wrongly_is_not_served(
     versions: list[Version], changes: dict[str, Any], reason: str
 ) -> None:
     assert why_unserved(versions[0].manifest) is None
@@ -78,7 +78,9 @@ async def test_memory_does_not_grow_with_what_manifests_hold(small_sdxl: Path, t
     assert await Catalog(store).manifest(entry) == large
 
 
-async def test_a_folder_that_goes_away_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_folder_that_disappears_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(index, "_FRESH_SECONDS", 0.0)
     folder = tmp_path / "mounted"
     Location.of(folder / "a.json").write_json({"a": 1})

@@ -1,4 +1,4 @@
-"""The skeleton takes on subjects exactly, and draws batches as it draws single images."""
+"""The swap pipeline loads versions exactly, and draws batches as it draws single images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve.engine.weight_cache import DiskCache, HostCache
 from serve.request import GenerationRequest
 from tests.serve.published import publish_learned_embeds
 
-ORDER = GenerationRequest("mug", "1", "a mug", None, 32, 32, steps=4, guidance=4.0, seeds=(1, 2))
+REQUEST = GenerationRequest("mug", "1", "a mug", None, 32, 32, steps=4, guidance=4.0, seeds=(1, 2))
 
 
 def nothing(step: int, preview: Callable[[], np.ndarray]) -> None:
@@ -42,7 +42,7 @@ def with_learned_embeds(base: dict[str, Tensor], version: Version) -> dict[str, 
 
 
 @pytest.mark.anyio
-async def test_the_skeleton_holds_one_subject_and_is_never_rebuilt(
+async def test_loading_a_version_replaces_the_last_one_in_place(
     pipeline: SwapPipeline, store: SubjectStore, versions: list[Version], small_sdxl: Path, tmp_path: Path
 ) -> None:
     host = HostCache(DiskCache(store, tmp_path, 0), pipeline.base, 2**30)
@@ -60,7 +60,7 @@ async def test_the_skeleton_holds_one_subject_and_is_never_rebuilt(
         assert [name for name in live if not torch.equal(live[name], expected[name])] == []
 
 
-def test_a_subject_that_does_not_fit_changes_nothing(pipeline: SwapPipeline) -> None:
+def test_a_version_that_does_not_fit_changes_nothing(pipeline: SwapPipeline) -> None:
     bias = pipeline.pipeline.unet.conv_in.bias
     before = bias.clone()
     with pytest.raises(AssertionError, match="broken@1"):
@@ -73,15 +73,15 @@ def test_a_subject_that_does_not_fit_changes_nothing(pipeline: SwapPipeline) -> 
 @pytest.mark.parametrize("negative", [None, "blurry"])
 def test_an_image_does_not_depend_on_its_batch_but_for_rounding(pipeline: SwapPipeline, negative: str | None) -> None:
     texts = [("a mug", negative), ("a dog on the beach", negative)]
-    together = pipeline.draw(ORDER, texts, (1, 2), nothing)
-    alone = [pipeline.draw(ORDER, [texts[i]], [i + 1], nothing)[0] for i in range(2)]
+    together = pipeline.draw(REQUEST, texts, (1, 2), nothing)
+    alone = [pipeline.draw(REQUEST, [texts[i]], [i + 1], nothing)[0] for i in range(2)]
     assert np.abs(together - np.stack(alone)).max() < 1e-3
     assert np.abs(alone[0] - alone[1]).max() > 0.1
 
 
 def test_the_last_preview_is_the_image(pipeline: SwapPipeline) -> None:
     previews: list[np.ndarray] = []
-    pixels = pipeline.draw(ORDER, [("a mug", None)], [1], lambda _, preview: previews.append(preview()))
+    pixels = pipeline.draw(REQUEST, [("a mug", None)], [1], lambda _, preview: previews.append(preview()))
     distances = [float(np.abs(preview - pixels).mean()) for preview in previews]
     assert len(previews) == 4
     assert distances[-1] < 1e-4

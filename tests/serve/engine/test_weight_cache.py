@@ -1,4 +1,4 @@
-"""The tiers read each version once, keep to their budgets, and never drop what is used."""
+"""The caches read each version once, keep to their budgets, and never evict what is in use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from dreambooth.backbones import open_backbone
 from dreambooth.common.location import Location
 from dreambooth.store import SubjectStore, Version
-from serve.engine import weight_cache as tiers
+from serve.engine import weight_cache
 from serve.engine.swap_pipeline import SwapPipeline
 from serve.engine.weight_cache import DiskCache, HostCache
 from tests.serve.published import DOG, MUG, OLD_MUG, publish_all
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 
 
 class WatchedDisk(DiskCache):
-    """A disk tier that notes what is read, and holds reading up while `gate` is closed."""
+    """A disk cache that records what is read, and blocks reads while `gate` is closed."""
 
     def __init__(self, store: SubjectStore, folder: Path, budget: int) -> None:
         super().__init__(store, folder, budget)
@@ -74,7 +74,7 @@ async def test_a_version_asked_for_by_many_is_read_once(disk: WatchedDisk, base:
     assert all(others[1][name] is tensor for name, tensor in first.items())
 
 
-async def test_only_what_differs_from_the_backbone_is_held(
+async def test_only_tensors_that_differ_from_the_backbone_are_kept(
     store: SubjectStore, disk: WatchedDisk, base: dict[str, Tensor]
 ) -> None:
     host = HostCache(disk, base, 2**30)
@@ -87,7 +87,7 @@ async def test_only_what_differs_from_the_backbone_is_held(
     assert almost.bytes < host.bytes / 10
 
 
-async def test_the_least_recently_used_version_is_dropped(disk: WatchedDisk, base: dict[str, Tensor]) -> None:
+async def test_the_least_recently_used_version_is_evicted(disk: WatchedDisk, base: dict[str, Tensor]) -> None:
     host = HostCache(disk, base, 2 * await size_of(disk, base, MUG))
     for key in (OLD_MUG, MUG, OLD_MUG):
         await use(host, key)
@@ -96,7 +96,7 @@ async def test_the_least_recently_used_version_is_dropped(disk: WatchedDisk, bas
     assert host.bytes <= 2 * await size_of(disk, base, MUG)
 
 
-async def test_a_version_in_use_stays_and_others_wait_for_its_room(disk: WatchedDisk, base: dict[str, Tensor]) -> None:
+async def test_a_version_in_use_is_not_evicted_and_others_wait(disk: WatchedDisk, base: dict[str, Tensor]) -> None:
     budget = await size_of(disk, base, MUG)
     host = HostCache(disk, base, budget)
     async with host.lease(*MUG) as tensors:
@@ -131,7 +131,7 @@ async def test_a_version_larger_than_the_budget_is_served_alone(disk: WatchedDis
     assert MUG not in host
 
 
-async def test_kept_versions_are_loaded_ahead_and_never_dropped(disk: WatchedDisk, base: dict[str, Tensor]) -> None:
+async def test_kept_versions_are_preloaded_and_never_evicted(disk: WatchedDisk, base: dict[str, Tensor]) -> None:
     host = HostCache(disk, base, await size_of(disk, base, MUG))
     await host.keep(frozenset({MUG}))
     assert disk.read == [MUG[1]]
@@ -142,7 +142,7 @@ async def test_kept_versions_are_loaded_ahead_and_never_dropped(disk: WatchedDis
     assert (MUG in host, OLD_MUG in host) == (False, True)
 
 
-async def test_a_failed_read_is_told_to_all_and_tried_again(disk: WatchedDisk, base: dict[str, Tensor]) -> None:
+async def test_a_failed_read_fails_all_who_wait_and_is_retried(disk: WatchedDisk, base: dict[str, Tensor]) -> None:
     host = HostCache(disk, base, 2**30)
     results = await asyncio.gather(use(host, ("mug", "none")), use(host, ("mug", "none")), return_exceptions=True)
     assert [type(result) for result in results] == [LookupError, LookupError]
@@ -162,7 +162,7 @@ async def test_a_store_that_comes_back_is_read_again(
     monkeypatch.setattr(disk, "version", version)
     host = HostCache(disk, base, 2**30)
     assert await use(host, MUG)
-    monkeypatch.setattr(tiers, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(weight_cache, "_RETRY_SECONDS", 0.1)
     failures.append(OSError("connection refused"))
     with pytest.raises(OSError, match="refused"):
         await use(host, DOG)
@@ -199,7 +199,7 @@ async def test_a_client_that_leaves_does_not_stop_the_load_of_others(
 
 @pytest.fixture(scope="module")
 def remote(bucket: Location, small_sdxl: Path) -> SubjectStore:
-    store = SubjectStore(bucket / "tiers")
+    store = SubjectStore(bucket / "weight-cache")
     publish_all(store, small_sdxl)
     return store
 
@@ -219,7 +219,7 @@ async def test_a_remote_version_is_downloaded_once_a_machine(
     assert made == {path: path.stat().st_ctime_ns for path in folder.rglob("*.safetensors")}
 
 
-async def test_the_disk_tier_removes_the_least_recently_read_but_none_in_use(
+async def test_the_disk_cache_evicts_the_least_recently_read_but_none_in_use(
     remote: SubjectStore, tmp_path: Path
 ) -> None:
     old_mug, mug, dog = remote.versions("mug") + remote.versions("dog")
@@ -233,7 +233,7 @@ async def test_the_disk_tier_removes_the_least_recently_read_but_none_in_use(
         assert folders(tmp_path) == [OLD_MUG[1], MUG[1]]
 
 
-async def test_what_lies_on_the_disk_needs_no_store(
+async def test_a_version_on_the_disk_needs_no_store(
     remote: SubjectStore, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     expected = await use(HostCache(DiskCache(remote, tmp_path, 2**30), base, 2**30), MUG)
