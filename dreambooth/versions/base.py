@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dreambooth.backbones import Backbone
 
+TOKEN_EMBEDDINGS = "token_embeddings"
+"""A server has each text encoder's table of token embeddings under `token_embeddings.TEXT_ENCODER` too."""
+
 State = Mapping[str, Tensor]
 """Trained float32 parameters by their names in the method's module, as a final checkpoint holds them."""
 Files = Mapping[str, Mapping[str, Any]]

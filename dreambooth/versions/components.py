@@ -53,7 +53,7 @@ class Components(VersionForm):
         for component in components:
             weights = [name for name in files if name.startswith(f"{component}/") and name.endswith(".safetensors")]
             if not weights:
-                raise ValueError(f"it holds no {component}/*.safetensors")
+                raise ValueError(f"holds no {component}/*.safetensors")
             for path in weights:
                 with safe_open(folder / path, "pt") as file:
                     for name in file.keys():  # noqa: SIM118 - not a mapping

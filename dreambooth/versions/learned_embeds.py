@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreambooth.backbones import Backbone
 from dreambooth.methods.textual_inversion import LEARNED_EMBEDS, LearnedEmbeds, read_learned_embeds
-from dreambooth.versions.base import Content, Files, State, VersionForm
+from dreambooth.versions.base import TOKEN_EMBEDDINGS, Content, Files, State, VersionForm
 
 
 class LearnedEmbeddings(VersionForm):
@@ -54,8 +54,8 @@ class LearnedEmbeddings(VersionForm):
     def changes(
         self, folder: Path, components: Sequence[str], files: Files, base: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """A row `learned_embeds.TEXT_ENCODER[TOKEN]` for each token: a server has each encoder's table so named."""
+        """A row `token_embeddings.TEXT_ENCODER[TOKEN]` for each token."""
         del components, files, base
         for encoder, token_ids, rows in read_learned_embeds(folder / LEARNED_EMBEDS):
             for token, row in zip(token_ids, rows, strict=True):
-                yield f"{LEARNED_EMBEDS}.{encoder}[{token}]", row
+                yield f"{TOKEN_EMBEDDINGS}.{encoder}[{token}]", row

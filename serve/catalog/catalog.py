@@ -8,18 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dreambooth.backbones import FAMILIES
-from dreambooth.methods.textual_inversion import LEARNED_EMBEDS
 from dreambooth.sampling.sampler import SamplerSettings
 from dreambooth.store import SubjectStore
+from dreambooth.versions import form_of
 from serve.catalog.index import Index
 
 _FORMAT = 1
-_PARTS = {
-    family.family: {family.denoiser, *family.image_encoders, *family.text_encoders, LEARNED_EMBEDS}
-    for family in FAMILIES
-    if family.image_encoders  # the swap pipeline decodes latents
-}
-"""The components that a version may hold, by family; only these families are served."""
+_SERVED = {family.family: family for family in FAMILIES if family.latents_kind.networks}
+"""The families that are served: the swap pipeline decodes latents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +56,13 @@ def why_unserved(manifest: Mapping[str, Any]) -> str | None:
     family, components = manifest["backbone"]["family"], manifest["components"]
     if manifest["format"] != _FORMAT:
         return f"its format is {manifest['format']}, and this server reads format {_FORMAT}"
-    if family not in _PARTS:
+    if family not in _SERVED:
         return f"its backbone is of the family {family}, which is not served yet"
-    if unknown := sorted(set(components) - _PARTS[family]):
+    try:
+        form = form_of(manifest)
+    except ValueError as error:
+        return str(error)
+    if unknown := sorted(set(components) - form.components(_SERVED[family])):
         return f"it holds {', '.join(unknown)}, which this server does not know"
     return None
 

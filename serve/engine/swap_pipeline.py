@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.backbones import Backbone
-from dreambooth.methods.textual_inversion import LEARNED_EMBEDS
+from dreambooth.versions.base import TOKEN_EMBEDDINGS
 from serve.request import GenerationRequest
 
 OnStep = Callable[[int, Callable[[], np.ndarray]], None]
@@ -29,7 +29,7 @@ class SwapPipeline:
 
     def __init__(self, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
         """Build the pipeline with the backbone's own weights, and keep a copy of these in host memory (`base`)."""
-        self.device = device
+        self.device, self._latents = device, backbone.latents
         if "vae" not in backbone.image_encoders:
             raise ValueError(f"backbone {backbone.source!r} ({backbone.family}) works on pixels, and is not served yet")
         self.pipeline = backbone.pipeline(dtype, backbone.trained_parts()).to(device)
@@ -49,7 +49,7 @@ class SwapPipeline:
             weight: Tensor = networks[component].get_input_embeddings().weight
             [name] = [name for name, tensor in self._live.items() if tensor.data_ptr() == weight.data_ptr()]
             for tensors in (self._live, self.base):
-                tensors[f"{LEARNED_EMBEDS}.{component}"] = tensors[name]
+                tensors[f"{TOKEN_EMBEDDINGS}.{component}"] = tensors[name]
         self._loaded: str | None = None
         self._changed: set[str] = set()
         self._estimate: Tensor | None = None
@@ -122,5 +122,5 @@ class SwapPipeline:
     def _preview(self) -> np.ndarray:
         assert self._estimate is not None
         vae, processor = self.pipeline.vae, self.pipeline.image_processor
-        latents = self._estimate.to(vae.dtype) / vae.config.scaling_factor
+        latents = self._latents.unscale(self._estimate.to(vae.dtype))
         return processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="np")

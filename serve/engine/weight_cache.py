@@ -18,12 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 from torch import Tensor
 
 from dreambooth.common.location import Location, digest
-from dreambooth.methods.textual_inversion import LEARNED_EMBEDS, read_learned_embeds
 from dreambooth.store import SubjectStore, Version
+from dreambooth.versions import form_of
 from serve import metrics
 from serve.engine.swap_pipeline import tensor_named
 
@@ -225,40 +224,27 @@ class HostCache:
         return self.bytes + needed <= self._budget
 
     def _upper_bound(self, published: Version) -> int:
-        if published.components == [LEARNED_EMBEDS]:
-            return sum(entry["size"] for entry in published.manifest["files"].values())
-        return sum(
-            tensor.nbytes
-            for name, tensor in self._base.items()
-            if any(name.startswith(f"{component}.") for component in published.components)
-        )
+        manifest = published.manifest
+        return form_of(manifest).most_bytes(published.components, manifest["files"], self._base)
 
     def _read(self, published: Version) -> Weights:
+        form, files = form_of(published.manifest), published.manifest["files"]
         with self._disk.files(published) as folder:
             found: dict[str, Tensor] = {}
-            for component in published.components:
-                if component == LEARNED_EMBEDS:
-                    for encoder, token_ids, rows in read_learned_embeds(folder / component):
-                        for token, row in zip(token_ids, rows, strict=True):
-                            self._take(found, f"{component}.{encoder}[{token}]", row, published)
-                    continue
-                files = [name for name in published.manifest["files"] if name.startswith(f"{component}/")]
-                weights = [name for name in files if name.endswith(".safetensors")]
-                if not weights:
-                    raise ValueError(f"{published.subject}@{published.id} holds no {component}/*.safetensors")
-                for path in weights:
-                    with safe_open(folder / path, "pt") as file:
-                        for name in file.keys():  # noqa: SIM118, it is not a dictionary
-                            self._take(found, f"{component}.{name}", file.get_tensor(name), published)
+            try:
+                for name, tensor in form.changes(folder, published.components, files, self._base):
+                    self._take(found, name, tensor)
+            except ValueError as error:
+                raise ValueError(f"{published.subject}@{published.id} {error}") from error
             return self._pack(found)
 
-    def _take(self, found: dict[str, Tensor], name: str, tensor: Tensor, published: Version) -> None:
+    def _take(self, found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
         try:
             base = tensor_named(self._base, name)
         except LookupError:
             base = None
         if base is None or base.shape != tensor.shape:
-            raise ValueError(f"{published.subject}@{published.id} does not fit its backbone: {name}")
+            raise ValueError(f"does not fit its backbone: {name}")
         tensor = tensor.to(base.dtype)
         if not torch.equal(tensor, base):
             found[name] = tensor

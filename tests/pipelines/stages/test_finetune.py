@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dreambooth.methods.dreambooth import Trainable, groups
+from dreambooth.methods.dreambooth import DreamBooth, Trainable
 from dreambooth.runs import RunSpec
 from dreambooth.store import SubjectStore
 from pipelines.planning.options import parse
@@ -174,7 +174,9 @@ def test_text_encoders_have_a_learning_rate_of_their_own(prepared: tuple[Subject
     backbone = store.open_backbone(run.backbone)
     training = replace(run.training, trained=("unet", "text_encoder"), text_encoder_learning_rate=1e-7)
     module = Trainable(backbone, {name: backbone.load(name) for name in training.trained})
-    unet, text = groups(module, training, backbone)
+    unet, text = DreamBooth().parameter_groups(
+        backbone, module, training.learning_rate, training.text_encoder_learning_rate
+    )
     assert (unet["initial_lr"], text["initial_lr"]) == (run.training.learning_rate, 1e-7)
     assert {id(p) for p in text["params"]} == {id(p) for p in module.networks["text_encoder"].parameters()}
     assert len(unet["params"]) + len(text["params"]) == len(list(module.parameters()))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreambooth.methods.dreambooth import Trainable, groups
+from dreambooth.methods.dreambooth import DreamBooth, Trainable
 from dreambooth.methods.teacher import Teacher
 from dreambooth.runs import RunSpec
 from dreambooth.store import SubjectStore
@@ -60,7 +60,9 @@ def plain_loop(prepared: tuple[SubjectStore, RunSpec]) -> tuple[State, State]:
     backbone = store.open_backbone(run.backbone)
     module = Engine(backbone, {name: backbone.load(name) for name in run.training.trained})
     before = {f"param.{name}": value.detach().clone() for name, value in module.named_parameters()}
-    parameters = groups(module, run.training, backbone)
+    parameters = DreamBooth().parameter_groups(
+        backbone, module, run.training.learning_rate, run.training.text_encoder_learning_rate
+    )
     optimizer = torch.optim.AdamW(parameters, weight_decay=run.training.weight_decay)
     teacher = Teacher(backbone, backbone.load("unet"))
     path = location_of(store, run).local
