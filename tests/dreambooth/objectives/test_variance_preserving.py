@@ -179,3 +179,18 @@ def test_both_terms_keep_their_values(prediction: Prediction, min_snr_gamma: flo
     loss = prior_preservation_loss(*(each.split(3) for each in rows), prior_weight=1.0)
     assert loss.prior is not None
     assert (loss.instance.item(), loss.prior.item()) == pytest.approx(GOLDEN[prediction, min_snr_gamma], rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_estimate_of_a_perfect_answer_is_the_clean_image(prediction: Prediction) -> None:
+    x, epsilon, _ = drawn()
+    objective, t = make_schedule(prediction), torch.tensor(TIMES)
+    z_t, answer = objective.add_noise(x, epsilon, t), objective.target(x, epsilon, t)
+    torch.testing.assert_close(objective.estimate_x(z_t, answer, t), x, atol=2e-3, rtol=1e-3)
+
+
+def test_times_are_drawn_by_their_key_alone_and_reach_from_0_to_the_last() -> None:
+    objective = make_schedule("epsilon")
+    times = [objective.draw_t(0, "rex", "t", step) for step in range(20 * objective.steps)]
+    assert times == [objective.draw_t(0, "rex", "t", step) for step in range(20 * objective.steps)]
+    assert (min(times), max(times)) == (0, objective.steps - 1)
