@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 # A Ray cluster that happens to run on this machine is not the tests' to use.
 os.environ["RAY_ADDRESS"] = "local"
@@ -87,6 +88,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.stack([rows * 2 % 256, columns * 2 % 256, (rows + columns + 60 * number) % 256], -1)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

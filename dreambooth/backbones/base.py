@@ -146,12 +146,10 @@ class Backbone(ModelFolder, ABC):
         target_size: tuple[int, int],
     ) -> Conditioning:
         """The conditioning of one image on its own size and crop, (height, width) and (top, left), without a batch."""
-        del original_size, crop_top_left, target_size
         return {}
 
     def image_conditioning(self, x: Tensor, noise: Tensor, low: LowResolution) -> Conditioning:
         """The conditioning of super-resolution on a small form of the images `x` (B, 3, H, W), with `noise` like x."""
-        del x, noise, low
         return {}
 
     @abstractmethod

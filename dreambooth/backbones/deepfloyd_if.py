@@ -46,7 +46,6 @@ class T5Text(Text):
 
     def length(self, tokenizer: Any) -> int:
         """That for which IF was trained."""
-        del tokenizer
         return _PROMPT_LENGTH
 
     def encode(self, encoders: Mapping[str, nn.Module], ids: TokenIds) -> Conditioning:

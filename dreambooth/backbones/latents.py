@@ -126,7 +126,6 @@ class PixelLatents(Latents):
 
     def encode(self, networks: Mapping[str, Any], pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The pixels (B, 3, H, W) themselves, without variance."""
-        del networks
         return pixels, torch.full_like(pixels, -torch.inf)
 
     def scale(self, latents: Tensor) -> Tensor:

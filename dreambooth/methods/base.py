@@ -100,7 +100,6 @@ class Method(ABC):
 
     def frozen(self, module: nn.Module) -> Mapping[str, nn.Module]:
         """The networks that the module holds frozen, by component name; they have no storage yet."""
-        del module
         return {}
 
     @abstractmethod

@@ -54,7 +54,6 @@ class DreamBooth(Method):
 
     def networks(self, backbone: Backbone, trained: Sequence[str]) -> tuple[str, ...]:
         """Those that are trained."""
-        del backbone
         return tuple(trained)
 
     def module(
@@ -67,12 +66,10 @@ class DreamBooth(Method):
         settings: Any = None,
     ) -> nn.Module:
         """The networks side by side, `networks.COMPONENT.NAME`."""
-        del identifier, class_noun, settings
         return Trainable(backbone, networks)
 
     def start(self, module: nn.Module, base: BaseWeights) -> Weights:
         """The backbone's own weights."""
-        del module
         return lambda name: base[name.removeprefix("networks.")]
 
     def parameter_groups(
@@ -87,5 +84,4 @@ class DreamBooth(Method):
 
     def holdings(self, backbone: Backbone, networks: Mapping[str, Any]) -> Holdings:
         """All parameters of the networks."""
-        del backbone
         return Holdings([parameter.shape for network in networks.values() for parameter in network.parameters()])

@@ -151,7 +151,6 @@ class TextualInversion(Method):
 
     def defaults(self, backbone: Backbone, machine: MachinePreset | None, *, with_text: bool) -> Defaults:
         """The preset's own numbers for this method."""
-        del machine, with_text
         return Defaults(backbone.preset.inversion_steps, backbone.preset.inversion_learning_rate)
 
     def label(self, training: Mapping[str, Any]) -> str:
@@ -160,17 +159,14 @@ class TextualInversion(Method):
 
     def trained(self, backbone: Backbone, *, with_text: bool) -> tuple[str, ...]:
         """None."""
-        del backbone, with_text
         return ()
 
     def networks(self, backbone: Backbone, trained: Sequence[str]) -> tuple[str, ...]:
         """The denoiser and the text encoders."""
-        del trained
         return (backbone.denoiser, *backbone.text_encoders)
 
     def trains_text(self, backbone: Backbone, trained: Sequence[str]) -> bool:
         """Always."""
-        del backbone, trained
         return True
 
     def module(
@@ -183,7 +179,6 @@ class TextualInversion(Method):
         settings: Any = None,
     ) -> nn.Module:
         """The identifier's embeddings, `embeds.TEXT_ENCODER`."""
-        del settings
         return InvertedText(backbone, networks, identifier, class_noun)
 
     def start(self, module: nn.Module, base: BaseWeights) -> Weights:
@@ -208,7 +203,6 @@ class TextualInversion(Method):
         self, backbone: Backbone, module: nn.Module, learning_rate: float, text_encoder_learning_rate: float
     ) -> list[dict[str, Any]]:
         """The embeddings, at one rate."""
-        del backbone, text_encoder_learning_rate
         return [parameter_group(list(module.parameters()), learning_rate)]
 
     def holdings(self, backbone: Backbone, networks: Mapping[str, Any]) -> Holdings:

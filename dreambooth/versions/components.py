@@ -27,7 +27,6 @@ class Components(VersionForm):
         self, backbone: Backbone, state: State, *, trained: Sequence[str], identifier: str, dtype: torch.dtype
     ) -> Content:
         """The backbone's networks with the parameters `networks.COMPONENT.NAME` of the state."""
-        del identifier
         networks = {name: trained_network(backbone, name, state, dtype) for name in trained}
         parts = networks | backbone.trained_parts()
         return Content(parts, parts)
@@ -41,7 +40,6 @@ class Components(VersionForm):
 
     def most_bytes(self, components: Sequence[str], files: Files, base: Mapping[str, Tensor]) -> int:
         """All tensors of the components."""
-        del files
         prefixes = tuple(f"{component}." for component in components)
         return sum(tensor.nbytes for name, tensor in base.items() if name.startswith(prefixes))
 
@@ -49,7 +47,6 @@ class Components(VersionForm):
         self, folder: Path, components: Sequence[str], files: Files, base: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the components' safetensors files."""
-        del base
         for component in components:
             weights = [name for name in files if name.startswith(f"{component}/") and name.endswith(".safetensors")]
             if not weights:

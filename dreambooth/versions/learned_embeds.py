@@ -21,14 +21,12 @@ class LearnedEmbeddings(VersionForm):
 
     def components(self, family: type[Backbone]) -> set[str]:
         """The embeddings alone."""
-        del family
         return {LEARNED_EMBEDS}
 
     def build(
         self, backbone: Backbone, state: State, *, trained: Sequence[str], identifier: str, dtype: torch.dtype
     ) -> Content:
         """The embeddings `embeds.TEXT_ENCODER` of the state, and the backbone's text encoders with them."""
-        del trained
         embeds = LearnedEmbeds(backbone, identifier, {name: state[f"embeds.{name}"] for name in backbone.text_encoders})
         encoders = {name: backbone.load(name, dtype) for name in backbone.text_encoders}
         embeds.write_into(encoders)
@@ -39,7 +37,6 @@ class LearnedEmbeddings(VersionForm):
         self, folder: Path, backbone: Backbone, components: Sequence[str], dtype: torch.dtype
     ) -> Mapping[str, Any]:
         """The backbone's text encoders with the folder's embeddings."""
-        del components
         encoders: dict[str, Any] = {name: backbone.load(name, dtype) for name in backbone.text_encoders}
         for encoder, token_ids, rows in read_learned_embeds(folder / LEARNED_EMBEDS):
             weight = encoders[encoder].get_input_embeddings().weight
@@ -48,14 +45,12 @@ class LearnedEmbeddings(VersionForm):
 
     def most_bytes(self, components: Sequence[str], files: Files, base: Mapping[str, Tensor]) -> int:
         """Those of the files."""
-        del components, base
         return sum(int(entry["size"]) for entry in files.values())
 
     def changes(
         self, folder: Path, components: Sequence[str], files: Files, base: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """A row `token_embeddings.TEXT_ENCODER[TOKEN]` for each token."""
-        del components, files, base
         for encoder, token_ids, rows in read_learned_embeds(folder / LEARNED_EMBEDS):
             for token, row in zip(token_ids, rows, strict=True):
                 yield f"{TOKEN_EMBEDDINGS}.{encoder}[{token}]", row

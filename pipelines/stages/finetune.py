@@ -140,7 +140,7 @@ class _FailureCount(UserCallback):
     def __init__(self, queue: Any, lane: int) -> None:
         self._queue, self._lane = queue, lane
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if not ray.get(self._queue.failed.remote(self._lane)):
             [error, *_] = worker_exceptions.values()
             raise RuntimeError(f"training workers fail before they take up a run: {error}")

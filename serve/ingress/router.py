@@ -97,7 +97,7 @@ class SubjectRouter(RequestRouter):
         self._escape: float = kwargs["escape"]
         self._subjects, self._demand = SubjectPlacement(), HotSubjects()
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:  # noqa: ARG002
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:
         """Called by Ray Serve when a replica has accepted an order."""
         self._demand.note(pending_request.args[0].model)
 

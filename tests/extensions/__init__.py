@@ -1,0 +1,1 @@
+"""Extensions as somebody would write them: the test copies each to the folder of its kind and names it there."""
