@@ -1,4 +1,4 @@
-"""What a person sees: one calm line a stage, on a terminal or in a job's log."""
+"""What a person sees: one line of progress for each part of the work, on a terminal or in a job's log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quiet_libraries() -> None:
 
 
 class ProgressLine:
-    """One stage of work: counts what is done, and tells rate, time left and a note."""
+    """A part of the work: counts what is done, and tells rate, time left and a note."""
 
     def __init__(self, display: Display, name: str, total: int, unit: str, done: int) -> None:
         """Begin with `done` of `total` already there from before."""
@@ -83,7 +83,7 @@ class ProgressLine:
 
 
 class Display:
-    """Shows stages as bars on a terminal, and as a line now and then elsewhere."""
+    """Shows progress as bars on a terminal, and as a line now and then elsewhere."""
 
     def __init__(self) -> None:
         """Write to standard output."""
@@ -114,10 +114,10 @@ class Display:
         self._console.file.flush()
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressLine]:
-        """Show one stage while the block runs."""
-        stage = ProgressLine(self, name, total, unit, done)
+    def progress(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressLine]:
+        """Show the progress of a part of the work while the block runs."""
+        progress = ProgressLine(self, name, total, unit, done)
         try:
-            yield stage
+            yield progress
         finally:
-            stage.close()
+            progress.close()

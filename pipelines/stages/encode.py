@@ -31,7 +31,7 @@ def encode_training_sets(
 ) -> None:
     """Make the training sets that are not in the store yet, one row of a Dataset a subject."""
     missing = [one for one in planned if not location_of(store, one.run).exists()]
-    with display.stage("encode", len(planned), "subjects", done=len(planned) - len(missing)) as stage:
+    with display.progress("encode", len(planned), "subjects", done=len(planned) - len(missing)) as line:
         if not missing:
             return
         done = ray.data.from_items(
@@ -44,7 +44,7 @@ def encode_training_sets(
             num_gpus=lane.gpus_per_worker or None,
         )
         for row in done.iter_rows():
-            stage.advance(note=row["subject"])
+            line.advance(note=row["subject"])
 
 
 class TrainingSetEncoder:

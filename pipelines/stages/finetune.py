@@ -62,7 +62,7 @@ def finetune(
     found = [last_checkpoint(store, run) for run in runs]
     reached = {number: last.step for number, last in enumerate(found) if last is not None}
     left = [run for run in runs if final_checkpoint(store, run) is None]
-    with display.stage("fine-tune", total, "steps", done=sum(reached.values())) as stage:
+    with display.progress("fine-tune", total, "steps", done=sum(reached.values())) as line:
         if not left:
             return {}
         # Like Ray Train's own controllers they live with the driver: a worker's node takes only workers with it.
@@ -80,7 +80,7 @@ def finetune(
         }
         steps = {run.key: reached.get(number, 0) for number, run in enumerate(runs)}
         with (
-            _watching(store, left, log, stage, steps, display if previews else None),
+            _watching(store, left, log, line, steps, display if previews else None),
             ThreadPoolExecutor(count) as pool,
         ):
             ended = [pool.submit(_run_lane, store, config | {"lane": lane}, min_workers) for lane in range(count)]
@@ -151,7 +151,7 @@ def _watching(
     store: SubjectStore,
     runs: Sequence[RunSpec],
     log: Any,
-    stage: ProgressLine,
+    line: ProgressLine,
     steps: dict[str, int],
     previews: Display | None,
 ) -> Iterator[None]:
@@ -159,11 +159,11 @@ def _watching(
     done = threading.Event()
     events = Path(tempfile.mkdtemp(prefix="tensorboard-"))
     writers: dict[int, SummaryWriter] = {}
-    artists: dict[int, Previews] = {}
+    watched: dict[int, Previews] = {}
 
     def close(number: int) -> None:
-        if number in artists:
-            artists.pop(number).close()
+        if number in watched:
+            watched.pop(number).close()
         writers.pop(number).close()
         folder = events / runs[number].key
         (store.root / "runs" / runs[number].key / "tensorboard").upload(folder)
@@ -175,14 +175,14 @@ def _watching(
             if number not in writers:
                 writers[number] = SummaryWriter(str(events / run.key), write_to_disk=True)
                 if previews is not None and run.draws_alone:
-                    artists[number] = Previews(store, run, previews)
+                    watched[number] = Previews(store, run, previews)
             for name, value in measures.items():
                 writers[number].add_scalar(name, value, step)
             steps[run.key] = step
             instance, prior = measures["loss/instance"], measures["loss/prior"]
-            stage.reach(sum(steps.values()), f"{run.subject}: loss: instance {instance:.4f}, prior {prior:.4f}")
-        for number, artist in artists.items():
-            artist.take(writers[number])
+            line.reach(sum(steps.values()), f"{run.subject}: loss: instance {instance:.4f}, prior {prior:.4f}")
+        for number, preview in watched.items():
+            preview.take(writers[number])
         for number in [number for number in writers if steps[runs[number].key] == runs[number].training.steps]:
             close(number)
 

@@ -22,7 +22,7 @@ from pipelines.training.checkpoints import Checkpoint, last_checkpoint
 _SECONDS_BETWEEN_LOOKS = 2.0
 
 
-class PreviewArtist:
+class PreviewSampler:
     """An actor with the resources of a training worker; where the cluster has none to spare it never starts."""
 
     def __init__(self, store_uri: str, run: RunSpec) -> None:
@@ -59,8 +59,8 @@ class Previews:
         self._display = display
         self._folder: Location = store.root / "runs" / run.key / "previews"
         resources = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}
-        self._artist: Any = ray.remote(PreviewArtist).options(**resources).remote(store.root.uri, run)
-        self._next: list[Any] = [self._artist.draw.remote()]
+        self._sampler: Any = ray.remote(PreviewSampler).options(**resources).remote(store.root.uri, run)
+        self._next: list[Any] = [self._sampler.draw.remote()]
 
     def take(self, writer: Any) -> None:
         """Write the preview that is ready, if one is."""
@@ -74,8 +74,8 @@ class Previews:
                 return
             (self._folder / f"{step:06d}.png").write_bytes(png)
             writer.add_image("samples", np.asarray(Image.open(io.BytesIO(png))), step, dataformats="HWC")
-            self._next = [self._artist.draw.remote()]
+            self._next = [self._sampler.draw.remote()]
 
     def close(self) -> None:
         """Stop the actor, whatever it draws."""
-        ray.kill(self._artist)
+        ray.kill(self._sampler)

@@ -56,7 +56,7 @@ def generate_priors(
     }
     missing = [(key, shard) for key, one in progress.items() for shard in one.missing]
     total = sum(one.total for one in progress.values())
-    with display.stage("class priors", total, "images", done=sum(one.done for one in progress.values())) as stage:
+    with display.progress("class priors", total, "images", done=sum(one.done for one in progress.values())) as line:
 
         def make(shards: Sequence[Shard]) -> dict[Shard, str]:
             failures: dict[Shard, str] = {}
@@ -65,7 +65,7 @@ def generate_priors(
                     failures[key, shard] = failure
                     continue
                 progress[key].missing.remove(shard)
-                stage.advance(sets[key].sampler.batch, note=str(progress[key]))
+                line.advance(sets[key].sampler.batch, note=str(progress[key]))
                 if not progress[key].missing:
                     display.say(f"class priors: {progress[key]}, preview in {progress[key].write_preview()}")
             return failures

@@ -40,13 +40,13 @@ def publish(
     """
     run = planned.run
     device = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}
-    with display.stage("sample", len(run.sample_prompts), "images") as stage:
+    with display.progress("sample", len(run.sample_prompts), "images") as line:
         tries = 0
         while True:
             tries += 1
             publisher = ray.remote(_Publisher).options(**device).remote(store.root.uri, run, checkpoints)
             try:
-                return _publish(publisher, planned, stage)
+                return _publish(publisher, planned, line)
             except RayActorError as error:
                 if error.actor_init_failed or tries == TRIES:
                     raise
@@ -55,10 +55,10 @@ def publish(
                 ray.kill(publisher)
 
 
-def _publish(publisher: Any, planned: PlannedSubject, stage: ProgressLine) -> Version:
+def _publish(publisher: Any, planned: PlannedSubject, line: ProgressLine) -> Version:
     for number, prompt in enumerate(planned.run.sample_prompts):
         ray.get(publisher.draw.remote(number))
-        stage.reach(number + 1, note=prompt)
+        line.reach(number + 1, note=prompt)
     return ray.get(publisher.publish.remote(planned.subject))
 
 

@@ -69,7 +69,7 @@ def draw_pictures(
     total = sum(one.count for one in sets.values())
     left = sum(count[key][shard] for key, shards in missing.items() for shard in shards)
     failures: dict[str, str] = {}
-    with display.stage("pictures", total, "images", done=total - left) as stage:
+    with display.progress("pictures", total, "images", done=total - left) as line:
         rows = [
             {"set": key, "shards": part}
             for key, shards in missing.items()
@@ -88,7 +88,7 @@ def draw_pictures(
                     failed.append({"set": row["set"], "shards": list(row["shards"])})
                     continue
                 drawn = sum(count[one.key][shard] for shard in row["shards"])
-                stage.advance(drawn, note=f"{one.subject}@{one.version}")
+                line.advance(drawn, note=f"{one.subject}@{one.version}")
             rows = failed
     return failures
 
@@ -140,27 +140,27 @@ def score_versions(
 ) -> list[Scored]:
     """Judge the pictures of each version, and write its scores; `failures` are those of sets that were not drawn."""
     found: dict[str, Scored] = {}
-    with display.stage("scores", len(planned), "versions") as stage:
+    with display.progress("scores", len(planned), "versions") as line:
         for part in _parts(planned, _VERSIONS_A_ROUND):
             waiting = {}
             for one in part:
                 key, name = one.pictures.key, (one.version.subject, one.version.id)
                 if key in failures:
                     found[key] = Scored(*name, {}, failures[key])
-                    stage.advance()
+                    line.advance()
                     continue
                 photos = one.photos()
                 place = scores_location(store, one, judging, photos)
                 if place.exists():
                     found[key] = Scored(*name, place.read_json())
-                    stage.advance()
+                    line.advance()
                 else:
                     waiting[key] = (one, photos, place)
             for key, failure in _judge(store, waiting, judging, lane, workers):
                 one, _, place = waiting[key]
                 record = {} if failure else place.read_json()
                 found[key] = Scored(one.version.subject, one.version.id, record, failure)
-                stage.advance(note=f"{one.version.subject}@{one.version.id}")
+                line.advance(note=f"{one.version.subject}@{one.version.id}")
     return [found[one.pictures.key] for one in planned]
 
 

@@ -1,4 +1,4 @@
-"""Notice that workers are about to be taken away, agreed on by all ranks of a group without holding up a device.
+"""Preemption: word that workers are about to be taken away, agreed on by all ranks without holding up a device.
 
 It comes in two forms. Ray drains a node: the group may go on until the node is gone, and Ray Train then begins it anew
 on others. Or a worker is sent SIGTERM: the whole group ends, and is begun anew, as soon as its state is safe.
@@ -32,7 +32,10 @@ class Preempted(Exception):
 
 
 def listen() -> None:
-    """Take the next SIGTERM for a notice; one after that ends the process. Only a process's main thread may do this."""
+    """Take the next SIGTERM for a preemption signal, and end the process at one after that.
+
+    Only a process's main thread may do this.
+    """
     before = signal.getsignal(signal.SIGTERM)
 
     def note(*_: Any) -> None:
@@ -59,7 +62,7 @@ class ListeningTorchConfig(TorchConfig):
 
 
 class PreemptionWatcher:
-    """Asks all ranks for notices, once an update, over a group of its own on the hosts.
+    """Asks all ranks for signals, once an update, over a group of its own on the hosts.
 
     The answer to one update's question is read at the next, so that nobody waits for it.
     """
@@ -71,8 +74,8 @@ class PreemptionWatcher:
         self._asked: tuple[torch.Tensor, Any] | None = None
         self._given = PreemptionSignal.NONE
 
-    def look(self) -> PreemptionSignal:
-        """A notice that is new, the same on every rank. A collective; each notice is given once."""
+    def poll(self) -> PreemptionSignal:
+        """A signal that is new, the same on every rank. A collective; each signal is given once."""
         answer = PreemptionSignal.NONE
         if self._asked is not None:
             said, work = self._asked
@@ -86,7 +89,7 @@ class PreemptionWatcher:
         self._given = answer
         return answer
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(self._group)
 

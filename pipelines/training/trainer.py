@@ -169,16 +169,16 @@ class Worker:
                 if average is not None:
                     average.update(step)
                 final = step == run.training.steps
-                notice = self._watcher.look()
-                due = step % self._every == 0 or final or notice is not PreemptionSignal.NONE
+                signal = self._watcher.poll()
+                due = step % self._every == 0 or final or signal is not PreemptionSignal.NONE
                 if due or len(pending) == _FLUSH_EVERY:
                     measured = measures_of(pending, step, run, time.monotonic() - flushed)
                     pending, flushed = [], time.monotonic()
                     self._report(number, step - len(measured) + 1, measured)
                 if due:
                     writer.write(_state(engine, average, final), step)
-                if notice is not PreemptionSignal.NONE:
-                    self._heed(notice, writer)
+                if signal is not PreemptionSignal.NONE:
+                    self._save_before_preemption(signal, writer)
         writer.wait()
 
     @contextmanager
@@ -191,12 +191,12 @@ class Worker:
             with Prefetch(Batches(run, backbone, path), samples, run.training.steps, device) as rows:
                 yield rows
 
-    def _heed(self, notice: PreemptionSignal, writer: CheckpointWriter) -> None:
+    def _save_before_preemption(self, signal: PreemptionSignal, writer: CheckpointWriter) -> None:
         """Make sure that the checkpoint just begun is whole, before anything takes the group away."""
         writer.wait()
-        self._watcher.meet()
+        self._watcher.barrier()
         self._mark_preempted()
-        if notice is PreemptionSignal.TERMINATED:
+        if signal is PreemptionSignal.TERMINATED:
             raise Preempted("a worker was sent SIGTERM; the state is safe, and training goes on from it")
 
 

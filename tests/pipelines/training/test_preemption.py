@@ -86,7 +86,7 @@ def train(rank: int, meeting: Path, store: SubjectStore, run: RunSpec, told: str
     os._exit(0)
 
 
-def test_a_notice_is_heeded_by_all_ranks_together_and_leaves_no_trace(
+def test_a_signal_is_followed_by_all_ranks_together_and_leaves_no_trace(
     prepared: tuple[SubjectStore, RunSpec], tmp_path: Path
 ) -> None:
     store, base = prepared
@@ -110,17 +110,17 @@ def test_a_notice_is_heeded_by_all_ranks_together_and_leaves_no_trace(
 
 def hear_sigterm(config: dict[str, Any]) -> None:
     """A training loop that is sent SIGTERM."""
-    lookout = PreemptionWatcher(drained=ray_drains)
-    seen = [lookout.look()]
+    watcher = PreemptionWatcher(drained=ray_drains)
+    seen = [watcher.poll()]
     os.kill(os.getpid(), signal.SIGTERM)
     until = time.monotonic() + 100
     while seen[-1] is PreemptionSignal.NONE and time.monotonic() < until:
         time.sleep(0.1)
-        seen.append(lookout.look())
+        seen.append(watcher.poll())
     Path(config["seen"]).write_text(seen[-1].name)
 
 
-def test_workers_of_ray_train_take_sigterm_for_a_notice(local_ray: None, tmp_path: Path) -> None:
+def test_workers_of_ray_train_take_sigterm_for_a_preemption_signal(local_ray: None, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     TorchTrainer(
         hear_sigterm,
