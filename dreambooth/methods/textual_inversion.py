@@ -92,7 +92,8 @@ class LearnedEmbeds(nn.Module):
         for name, rows in self().items():
             ids = self.token_ids[name]
             embeds = torch.stack([rows[_distinct(ids).index(token)] for token in ids])
-            metadata = {"format": "pt", "token_ids": json.dumps(ids)}
+            # One entry alone: safetensors writes several in an order of chance, and files are known by their bytes.
+            metadata = {"token_ids": json.dumps(ids)}
             save_file({self.identifier: embeds.detach().cpu()}, folder / f"{name}.safetensors", metadata)
 
 

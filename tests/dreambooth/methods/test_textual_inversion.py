@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dreambooth.backbones import Backbone, open_backbone
@@ -118,6 +119,14 @@ def test_what_is_saved_is_small_and_names_its_tokens(backbone: Backbone, tmp_pat
             torch.equal(row, own[list(dict.fromkeys(ids)).index(token)]) for token, row in zip(ids, rows, strict=True)
         )
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 4096
+
+
+def test_the_same_embeddings_make_the_same_bytes_in_any_process(backbone: Backbone, tmp_path: Path) -> None:
+    embeds = random_embeds(backbone, load_encoders(backbone))
+    embeds.save_pretrained(tmp_path)
+    for path in tmp_path.iterdir():
+        with safe_open(path, "pt") as file:
+            assert len(file.metadata()) == 1  # of several, safetensors' order differs from process to process
 
 
 def test_embeddings_of_another_identifier_are_refused(backbone: Backbone) -> None:
