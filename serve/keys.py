@@ -1,74 +1,84 @@
-"""Make, list and revoke the keys of a server: `python -m serve.keys --help`, or `dreambooth keys --help`."""
+"""Make, list and revoke the keys of a server: `dreambooth keys --help`, or `python -m serve.keys --help`."""
 
 from __future__ import annotations
 
-import tyro
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
 
 from serve.api.auth import folder_of
+from serve.command_line import CommandLine
 
 
-def make(
-    store: str,
-    tenant: str,
-    subjects: tuple[str, ...] = (),
-    keys: str | None = None,
-    images_per_minute: int | None = None,
-    largest_side: int | None = None,
-    admin: bool = False,
-) -> None:
-    """Make a key and print it: it cannot be shown again.
-
-    Args:
-        store: The subject store.
-        tenant: Whose key it is.
-        subjects: The tenant's subjects: names, or patterns such as 'acme-*'.
-        keys: The folder of keys, if it is not STORE/keys.
-        images_per_minute: The key's rate; without it there is no limit.
-        largest_side: The longest side of an image in pixels; without it the model's own limit holds.
-        admin: Let it see every subject, and list and revoke keys over HTTP.
-    """
-    limits = {"images_per_minute": images_per_minute, "largest_side": largest_side}
+def _make(options: Namespace) -> None:
+    limits = {"images_per_minute": options.images_per_minute, "largest_side": options.largest_side}
     for name, value in limits.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-    if not subjects and not admin:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if not options.subjects and not options.admin:
         raise ValueError("a key without subjects can do nothing: name some with --subjects, or make it --admin")
-    secret, _ = folder_of(store, keys).make(tenant, subjects, admin=admin, **limits)
+    folder = folder_of(options.store, options.keys)
+    secret, _ = folder.make(options.tenant, tuple(options.subjects), admin=options.admin, **limits)
     print(secret)
 
 
-def show(store: str, keys: str | None = None) -> None:
-    """List the keys by id, with what they may do.
-
-    Args:
-        store: The subject store.
-        keys: The folder of keys, if it is not STORE/keys.
-    """
-    for key in folder_of(store, keys).all():
+def _list(options: Namespace) -> None:
+    for key in folder_of(options.store, options.keys).all():
         rate = f"{key.images_per_minute} images a minute" if key.images_per_minute else "no rate limit"
         side = f", sides to {key.largest_side}" if key.largest_side else ""
         what = "admin" if key.admin else " ".join(key.subjects)
         print(f"{key.id}  {key.created}  {key.tenant}: {what} ({rate}{side})")
 
 
-def revoke(store: str, key_id: tyro.conf.Positional[str], keys: str | None = None) -> None:
-    """Revoke a key; servers notice within half a minute.
-
-    Args:
-        store: The subject store.
-        key_id: The id that `list` shows.
-        keys: The folder of keys, if it is not STORE/keys.
-    """
-    folder_of(store, keys).revoke(key_id)
+def _revoke(options: Namespace) -> None:
+    folder_of(options.store, options.keys).revoke(options.key_id)
 
 
-def main() -> None:
-    """Run the command line."""
+def _command_line() -> CommandLine:
+    line = CommandLine(prog="dreambooth keys", description="Make, list and revoke the keys of a server.")
+    commands = line.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    make, show, revoke = (
+        commands.add_parser(name, help=text, description=text)
+        for name, text in (
+            ("make", "Make a key and print it: it cannot be shown again."),
+            ("list", "List the keys by id, with what they may do."),
+            ("revoke", "Revoke a key; servers notice within half a minute."),
+        )
+    )
+    for command, run in ((make, _make), (show, _list), (revoke, _revoke)):
+        command.set_defaults(run=run)
+        command.add_argument("--store", metavar="STORE", required=True, help="the subject store")
+        command.add_argument("--keys", metavar="FOLDER", help="the folder of keys (default: STORE/keys)")
+    make.add_argument("--tenant", metavar="NAME", required=True, help="whose key it is")
+    make.add_argument(
+        "--subjects",
+        metavar="NAME",
+        nargs="*",
+        default=[],
+        help="the tenant's subjects: names, or patterns such as 'acme-*'",
+    )
+    make.add_argument("--images-per-minute", metavar="N", type=int, help="the key's rate (default: no limit)")
+    make.add_argument(
+        "--largest-side",
+        metavar="PIXELS",
+        type=int,
+        help="the longest side of an image (default: the model's own limit)",
+    )
+    make.add_argument("--admin", action="store_true", help="see every subject, and list and revoke keys over HTTP")
+    revoke.add_argument("key_id", metavar="ID", help="the id that `list` shows")
+    return line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code: 0, or 2 for bad input."""
+    options = _command_line().parse_args(arguments)
     try:
-        tyro.extras.subcommand_cli_from_dict({"make": make, "list": show, "revoke": revoke}, prog="serve.keys")
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dreambooth.backbones import Backbone
+if TYPE_CHECKING:  # the commands read keys without loading torch
+    from dreambooth.backbones import Backbone
 
 _LARGEST_SIDE = 2
-"""Images may be this many times as wide or high as the backbone's own."""
+"""Largest side of an image, as a multiple of the resolution of the backbone."""
 
 
 class BadRequest(ValueError):
-    """An order that the backbone cannot draw; the message tells the user why."""
+    """A request that the backbone cannot draw; the message tells the user why."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to draw: one image a seed. With the replica's precision, threads and batches it determines every byte."""
+    """A request for images, one for each seed.
+
+    With the replica's precision, threads and batches it determines every byte of them.
+    """
 
     subject: str
     version: str
@@ -28,7 +33,7 @@ class GenerationRequest:
     guidance: float
     seeds: tuple[int, ...]
     previews: int = 0
-    """Unfinished images to show of each image."""
+    """Previews to send of each image while it is unfinished."""
 
     @property
     def model(self) -> str:
@@ -38,25 +43,27 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """An image of an order as a PNG file, or a preview of it."""
+    """An image as a PNG file, or a preview of it."""
 
     number: int
-    """Which of the order's seeds it was drawn from."""
+    """Index of its seed in the request."""
     png: bytes
     preview: int | None
-    """Which preview it is; None for the finished image."""
+    """Index of the preview; None for the finished image."""
     batch: int
-    """How many images were drawn together."""
+    """Size of the batch in which it was drawn."""
 
 
-def check(order: GenerationRequest, backbone: Backbone) -> None:
-    """Raise BadRequest unless the backbone takes the order's size and the length of its prompts."""
+def check(request: GenerationRequest, backbone: Backbone) -> None:
+    """Raise BadRequest unless the backbone can draw this size, from prompts of this length."""
     largest = _LARGEST_SIDE * backbone.default_resolution
-    if max(order.width, order.height) > largest:
-        raise BadRequest(f"size {order.width}x{order.height} is too large for this model: a side is at most {largest}")
+    if max(request.width, request.height) > largest:
+        raise BadRequest(
+            f"size {request.width}x{request.height} is too large for this model: a side is at most {largest}"
+        )
     try:
-        backbone.latents.check_side(order.width)
-        backbone.latents.check_side(order.height)
-        backbone.text.tokenize([order.prompt, order.negative_prompt or ""])
+        backbone.latents.check_side(request.width)
+        backbone.latents.check_side(request.height)
+        backbone.text.tokenize([request.prompt, request.negative_prompt or ""])
     except ValueError as error:
         raise BadRequest(str(error)) from error

@@ -86,4 +86,4 @@ async def test_the_command_makes_lists_and_revokes(tmp_path: Path) -> None:
     assert secret not in listed
     assert run("revoke", key.id, "--store", str(tmp_path)).returncode == 0
     again = run("revoke", key.id, "--store", str(tmp_path))
-    assert (again.returncode, again.stderr.startswith("error: there is no key")) == (1, True)
+    assert (again.returncode, again.stderr.startswith("error: there is no key")) == (2, True)
