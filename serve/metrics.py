@@ -1,4 +1,4 @@
-"""What the application counts, for Prometheus; no label grows with the number of subjects, keys or requests.
+"""Prometheus metrics; no label grows with the number of subjects, keys or requests.
 
 Ray Serve's own metrics take the labels of a replica only when they are made inside it, and a module is imported before:
 these are plain ones, labelled when a replica starts.
@@ -20,9 +20,11 @@ seconds = metrics.Histogram(
     tag_keys=(*_REPLICA, "stage"),
 )
 reads = metrics.Counter(
-    "dreambooth_subject_reads", "Subjects asked for, by the nearest tier that had them.", tag_keys=(*_REPLICA, "tier")
+    "dreambooth_subject_reads",
+    "Versions read, by the nearest place that had them (host, disk or store).",
+    tag_keys=(*_REPLICA, "tier"),
 )
-swaps = metrics.Counter("dreambooth_swaps", "Subjects copied onto the device.", tag_keys=_REPLICA)
+swaps = metrics.Counter("dreambooth_swaps", "Versions copied onto the device.", tag_keys=_REPLICA)
 host_bytes = metrics.Gauge("dreambooth_host_bytes", "Bytes of subjects' tensors in host memory.", tag_keys=_REPLICA)
 waiting = metrics.Gauge("dreambooth_waiting_images", "Images that wait for the device.", tag_keys=_REPLICA)
 batches = metrics.Histogram(
@@ -34,16 +36,16 @@ answers = metrics.Counter(
 
 
 def label(deployment: str, replica: str) -> None:
-    """Give all measures of this process these labels."""
+    """Set the labels of all metrics of this process."""
     for metric in (seconds, reads, swaps, host_bytes, waiting, batches, answers):
         metric.set_default_tags({"deployment": deployment, "replica": replica})
 
 
 def label_by_replica() -> None:
-    """Label all measures by the replica that this process is; to be called when it starts."""
+    """Label all metrics by the replica that this process is; called when the replica starts."""
     try:
         context = serve.get_replica_context()
-    except RayServeException:  # a part of the application alone, as in tests
+    except RayServeException:  # outside Ray Serve, as in tests
         return
     label(context.deployment, context.replica_tag)
 

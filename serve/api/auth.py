@@ -1,4 +1,4 @@
-"""Bearer keys: who may ask, for whose subjects, and how much. `python -m serve.keys --help` makes and revokes them.
+"""Bearer keys: who may ask, for whose subjects, and how much. `dreambooth keys` makes and revokes them.
 
     FOLDER/HASH.json       what a key may do, under the SHA-256 of the key; the key itself is kept nowhere
 
@@ -30,12 +30,15 @@ from serve.request import GenerationRequest
 _PREFIX = "db-"
 
 
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Key:
-    """What a key may do."""
+    """A key without its secret, and what it may do."""
 
     id: str
-    """The first digits of its hash; names the key where the key itself must not be written."""
+    """The first digits of its hash: names the key in logs and commands."""
     tenant: str
     """Whose key it is."""
     subjects: tuple[str, ...]
@@ -46,26 +49,26 @@ class Key:
     largest_side: int | None = None
     """Images with a longer side, in pixels, are refused."""
     admin: bool = False
-    """Sees every subject, and lists and revokes keys over HTTP."""
+    """May see every subject, and list and revoke keys over HTTP."""
 
     def sees(self, subject: str) -> bool:
-        """Whether the subject exists for the holder of this key."""
+        """Whether this key gives access to the subject."""
         return self.admin or any(fnmatchcase(subject, pattern) for pattern in self.subjects)
 
 
 ANYONE = Key("", "", ("*",), "")
-"""What a server without keys grants to all who reach it."""
+"""Every client of a server without keys."""
 
 
 class KeyFolder:
-    """The keys' files."""
+    """The files of the keys."""
 
     def __init__(self, folder: Location) -> None:
-        """Name the folder; nothing is read or written yet."""
+        """Read and write nothing yet."""
         self.folder = folder
 
     def make(self, tenant: str, subjects: tuple[str, ...], **limits: Any) -> tuple[str, Key]:
-        """A new key and what it may do; only its hash is written."""
+        """Make a key; returns its secret, of which only the hash is written, and the key."""
         secret = _PREFIX + secrets.token_urlsafe(32)
         name = _hash(secret)
         key = Key(name[:12], tenant, subjects, datetime.now(UTC).isoformat(timespec="seconds"), **limits)
@@ -73,7 +76,7 @@ class KeyFolder:
         return secret, key
 
     def all(self) -> list[Key]:
-        """The keys that are not revoked, oldest first."""
+        """All keys that are not revoked, oldest first."""
         found = [_parse((self.folder / name).read_json()) for name in self.folder.names() if name.endswith(".json")]
         return sorted(found, key=lambda key: (key.created, key.id))
 
@@ -87,22 +90,22 @@ class KeyFolder:
 
 
 class KeyRing:
-    """The keys as a server sees them: looked up in memory, known or revoked some seconds after the files change."""
+    """The keys in memory, for a server: a key is made or revoked some seconds after its file."""
 
     def __init__(self, folder: Location, clock: Callable[[], float] = time.monotonic) -> None:
-        """Nothing is read before the first question."""
+        """Read nothing before the first query."""
         self._index = Index(folder, r"[0-9a-f]{64}\.json", _parse)
         self._clock = clock
         self._spent: dict[str, tuple[float, float]] = {}
 
     async def find(self, secret: str) -> Key | None:
-        """What the key may do, or None when it was never made or is revoked."""
+        """The key with this secret; None when it was never made, or is revoked."""
         return (await self._index.entries()).get(f"{_hash(secret)}.json")
 
     def spend(self, key: Key, images: int) -> float:
-        """Count images against the key's rate; 0 when it allows them, or else in how many seconds it will.
+        """Count images against the rate of the key; returns the seconds to wait, 0 when it allows them now.
 
-        A key may save up one minute's images. Each ingress process counts for itself.
+        A token bucket that holds the images of one minute. Each ingress process counts by itself.
         """
         if key.images_per_minute is None:
             return 0.0
@@ -125,37 +128,26 @@ def _parse(entry: dict[str, Any]) -> Key:
 
 
 def folder_of(store: str, keys: str | None) -> KeyFolder:
-    """The folder that is named, or the store's own."""
+    """The folder of keys: `keys`, or the one in the store."""
     return KeyFolder(Location.of(keys) if keys else Location.of(store) / "keys")
 
 
-def admit(order: GenerationRequest, key: Key, ring: KeyRing | None) -> None:
-    """Count an order against its key; ApiError when the key does not allow it, or not yet."""
-    side = max(order.width, order.height)
-    if key.largest_side is not None and side > key.largest_side:
-        raise ApiError(400, f"size: this key's images have sides of at most {key.largest_side}", "size")
-    if key.images_per_minute is not None and len(order.seeds) > key.images_per_minute:
-        raise ApiError(400, f"n: this key may draw at most {key.images_per_minute} images a minute", "n")
-    if ring is not None and (wait := ring.spend(key, len(order.seeds))):
-        rate = f"this key may draw {key.images_per_minute} images a minute: come again in {wait:g} s"
-        raise errors.too_many(rate, "rate_limit_exceeded", wait)
+# -- who asks ----------------------------------------------------------------------------------------------------------
+
+
+_BEARER = HTTPBearer(auto_error=False, description="A key made by `python -m serve.keys make`.")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an IP address or `localhost` is reached from this machine only."""
+    """Whether this IP address or host name is reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-# -- who asks
-
-_BEARER = HTTPBearer(auto_error=False, description="A key made by `python -m serve.keys make`.")
-
-
 def check_reach(request: Request) -> None:
-    """Refuse clients on other machines where there are no keys."""
+    """Refuse clients on other machines when there are no keys."""
     if request.app.state.ring is None and (request.client is None or not is_loopback(request.client.host)):
         raise ApiError(403, "this server has no keys, so it answers clients on its own machine only")
 
@@ -185,3 +177,18 @@ async def _admin(key: Holder) -> Key:
 
 
 Admin = Annotated[Key, Depends(_admin)]
+
+
+# -- how much a key allows ---------------------------------------------------------------------------------------------
+
+
+def admit(request: GenerationRequest, key: Key, ring: KeyRing | None) -> None:
+    """Count a request against its key; ApiError when the key does not allow it, or not yet."""
+    side = max(request.width, request.height)
+    if key.largest_side is not None and side > key.largest_side:
+        raise ApiError(400, f"size: this key's images have sides of at most {key.largest_side}", "size")
+    if key.images_per_minute is not None and len(request.seeds) > key.images_per_minute:
+        raise ApiError(400, f"n: this key may draw at most {key.images_per_minute} images a minute", "n")
+    if ring is not None and (wait := ring.spend(key, len(request.seeds))):
+        rate = f"this key may draw {key.images_per_minute} images a minute: come again in {wait:g} s"
+        raise errors.too_many(rate, "rate_limit_exceeded", wait)

@@ -1,4 +1,4 @@
-"""Answers that are not a success, all in OpenAI's shape."""
+"""Error answers, all in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(HTTPException):
-    """An error to be answered in OpenAI's shape."""
+    """An error that is answered in OpenAI's form."""
 
     def __init__(
         self,
@@ -28,23 +28,23 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Name the HTTP status, and what OpenAI's error object says beside the message."""
+        """Take the HTTP status, and the fields of OpenAI's error object."""
         super().__init__(status, message, headers)
         self.param, self.code = param, code
 
 
 def too_many(message: str, code: str, seconds: float) -> ApiError:
-    """A 429 that says after how many seconds to come again."""
+    """A 429 with Retry-After."""
     return ApiError(429, message, code=code, headers={"Retry-After": str(max(1, round(seconds)))})
 
 
 def unavailable(message: str, code: str, seconds: float) -> ApiError:
-    """A 503 that says after how many seconds to come again."""
+    """A 503 with Retry-After."""
     return ApiError(503, message, code=code, headers={"Retry-After": str(max(1, round(seconds)))})
 
 
 def as_http_error(error: Exception) -> HTTPException:
-    """The error to answer with; but for the store's absence, it tells the client nothing but that something failed."""
+    """The error to answer with; it tells the client no detail of an unexpected failure."""
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, OSError):
@@ -53,14 +53,14 @@ def as_http_error(error: Exception) -> HTTPException:
 
 
 def as_body(error: HTTPException) -> ErrorResponse:
-    """An error in OpenAI's shape."""
+    """The body of an error, in OpenAI's form."""
     return _body(error.status_code, error.detail, getattr(error, "param", None), getattr(error, "code", None))
 
 
 def add_handlers(api: FastAPI) -> None:
-    """Let the application answer errors so."""
+    """Register the handlers that answer errors in this form."""
     api.add_exception_handler(HTTPException, _answer_http_error)
-    api.add_exception_handler(OSError, _answer_lost_store)
+    api.add_exception_handler(OSError, _answer_unreadable_store)
     api.add_exception_handler(RequestValidationError, _answer_invalid_request)
     api.add_exception_handler(Exception, _answer_failure)
 
@@ -90,7 +90,7 @@ async def _answer_invalid_request(_: Request, error: Exception) -> JSONResponse:
     return _answer(422, _body(422, f"{param}: {first['msg']}", param, first["type"]))
 
 
-async def _answer_lost_store(_: Request, error: Exception) -> JSONResponse:
+async def _answer_unreadable_store(_: Request, error: Exception) -> JSONResponse:
     _LOG.error("the subject store cannot be read", exc_info=error)
     answer = as_http_error(error)
     return _answer(answer.status_code, as_body(answer), answer.headers)

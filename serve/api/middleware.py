@@ -1,4 +1,4 @@
-"""What happens around each request: its body is bounded in size and time, its answer is counted and logged."""
+"""ASGI middleware: bounds on the size and time of bodies, and a record of each answer in metrics and log."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class BoundedBody:
         self._app, self._most, self._seconds = app, most_bytes, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Handle a request."""
         received, whole, until = 0, False, time.monotonic() + self._seconds
 
         async def bounded() -> Message:
             nonlocal received, whole
-            if whole:  # nothing comes but the news that the client has gone
+            if whole:  # all that may follow is the client's disconnect
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), until - time.monotonic())
@@ -50,21 +50,21 @@ class Record:
         self._app, self._path = app, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Handle a request."""
         if scope["type"] != "http" or scope["path"] != self._path:
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 499  # stays so when the client leaves first
+        started, status = time.perf_counter(), 499  # unless an answer begins before the client disconnects
         record: dict[str, object] = {}
         scope.setdefault("state", {})["record"] = record
 
-        async def noting(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, record_status)
         finally:
             seconds = time.perf_counter() - started
             metrics.answers.inc(tags={"status": str(status)})

@@ -1,4 +1,4 @@
-"""The bodies of requests and answers, in the shapes of OpenAI's images API."""
+"""The bodies of requests and answers, in the form of OpenAI's images API. Their texts are part of the API document."""
 
 from __future__ import annotations
 

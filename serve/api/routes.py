@@ -1,4 +1,4 @@
-"""The HTTP API, in the shapes of OpenAI's images API; knows nothing of Ray."""
+"""The HTTP API, in the form of OpenAI's images API, without Ray. Docstrings of its routes are part of its document."""
 
 from __future__ import annotations
 
@@ -46,30 +46,30 @@ _BODY_BYTES = 2**16
 _BODY_SECONDS = 30.0
 
 Draw = Callable[[str, GenerationRequest], AsyncIterator[DrawnImage]]
-"""Draws an order on a backbone, named by its hash."""
+"""Draws a request on the backbone with this hash."""
 
 
 @dataclass(frozen=True)
 class ApiConfig:
-    """How requests are answered."""
+    """Settings of the API."""
 
     keys: KeyFolder | None
-    """Who may ask; without keys, all clients on this machine and no others."""
+    """The keys; when None, every client on this machine is served, and no other."""
     files: ImageFiles
-    """Where images wait that are asked for by URL."""
+    """The images that are requested by URL."""
     public_url: str | None = None
-    """Where clients reach the server; by default as each request named it."""
+    """What their URLs start with; by default the address that the request was sent to."""
     deadline: float = 300.0
     """Seconds that a request may take."""
     log_prompts: bool = False
 
 
-def create_api(catalog: Catalog, draw: Draw, rules: ApiConfig) -> FastAPI:
-    """The application: `catalog` knows the models, `draw` makes the images."""
+def create_api(catalog: Catalog, draw: Draw, config: ApiConfig) -> FastAPI:
+    """Build the application: `catalog` finds models, `draw` draws images."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        clearing = asyncio.create_task(rules.files.keep_clear())
+        clearing = asyncio.create_task(config.files.keep_clear())
         yield
         clearing.cancel()
 
@@ -78,7 +78,7 @@ def create_api(catalog: Catalog, draw: Draw, rules: ApiConfig) -> FastAPI:
         lifespan=lifespan,
         responses={status: {"model": ErrorResponse} for status in _ERRORS},
     )
-    ring = KeyRing(rules.keys.folder) if rules.keys else None
+    ring = KeyRing(config.keys.folder) if config.keys else None
     api.state.ring = ring
     errors.add_handlers(api)
     api.add_middleware(BoundedBody, most_bytes=_BODY_BYTES, seconds=_BODY_SECONDS)
@@ -99,32 +99,34 @@ def create_api(catalog: Catalog, draw: Draw, rules: ApiConfig) -> FastAPI:
         """Draw images of a subject."""
         started = time.monotonic()
         request.state.record.update(model=body.model, n=body.n, tenant=key.tenant, key=key.id)
-        if rules.log_prompts:
+        if config.log_prompts:
             request.state.record.update(prompt=body.prompt, negative_prompt=body.negative_prompt)
         entry = await find(body.model, key)
-        order = make_request(body, entry)
-        admit(order, key, ring)
-        seconds = min(body.deadline or rules.deadline, rules.deadline)
-        images = until(started + seconds, seconds, draw(entry.backbone, order))
-        named = entry.identifier in order.prompt
+        generation = make_request(body, entry)
+        admit(generation, key, ring)
+        seconds = min(body.deadline or config.deadline, config.deadline)
+        images = until(started + seconds, seconds, draw(entry.backbone, generation))
+        named = entry.identifier in generation.prompt
         warning = None if named else f"the prompt does not name the subject: write {PLACEHOLDER} where it belongs"
         if body.stream:
-            first = await anext(images)  # what fails before this has a status of its own
-            return StreamingResponse(events(order, first, images, warning), media_type="text/event-stream")
+            first = await anext(images)  # an error before the first image is answered with its own status
+            return StreamingResponse(events(generation, first, images, warning), media_type="text/event-stream")
         drawn = sorted([image async for image in images], key=lambda image: image.number)
         if body.response_format == "url":
-            base = (rules.public_url or str(request.base_url)).rstrip("/")
-            names = await asyncio.gather(*(asyncio.to_thread(rules.files.add, image.png) for image in drawn))
+            base = (config.public_url or str(request.base_url)).rstrip("/")
+            names = await asyncio.gather(*(asyncio.to_thread(config.files.add, image.png) for image in drawn))
             places = [{"url": f"{base}{_FILES}/{name}"} for name in names]
         else:
             places = [{"b64_json": base64.b64encode(image.png).decode()} for image in drawn]
         return ImagesResponse(
             created=int(time.time()),
-            model=order.model,
+            model=generation.model,
             version=entry.version,
-            size=f"{order.width}x{order.height}",
+            size=f"{generation.width}x{generation.height}",
             data=[
-                GeneratedImage(**place, revised_prompt=order.prompt, seed=order.seeds[image.number], batch=image.batch)
+                GeneratedImage(
+                    **place, revised_prompt=generation.prompt, seed=generation.seeds[image.number], batch=image.batch
+                )
                 for place, image in zip(places, drawn, strict=True)
             ],
             seconds=round(time.monotonic() - started, 4),
@@ -139,8 +141,8 @@ def create_api(catalog: Catalog, draw: Draw, rules: ApiConfig) -> FastAPI:
     )
     async def fetch_image(name: str) -> Response:
         """Fetch an image that was asked for with `response_format: url`: its name is all the right that it takes."""
-        expires = rules.files.expires(name)
-        image = await asyncio.to_thread(rules.files.read, name)
+        expires = config.files.expires(name)
+        image = await asyncio.to_thread(config.files.read, name)
         if expires is None or image is None:
             raise ApiError(404, "there is no such image, or no longer", "name", "image_not_found")
         headers = {"Cache-Control": f"private, max-age={max(0, expires - int(time.time()))}, immutable"}
@@ -163,8 +165,8 @@ def create_api(catalog: Catalog, draw: Draw, rules: ApiConfig) -> FastAPI:
         lineage, scores = await catalog.manifest(entry), await catalog.scores(entry)
         return ModelDetails(**describe(model, entry).model_dump(), lineage=lineage, scores=scores)
 
-    if rules.keys is not None:
-        _add_key_routes(api, rules.keys)
+    if config.keys is not None:
+        _add_key_routes(api, config.keys)
     return api
 
 
@@ -183,14 +185,11 @@ def _add_key_routes(api: FastAPI, keys: KeyFolder) -> None:
             raise ApiError(404, f"the key {key_id!r} does not exist", "key_id") from None
 
 
-# -- who asks ----------------------------------------------------------------------------------------------------------
-
-
 # -- what is asked and answered ----------------------------------------------------------------------------------------
 
 
 def make_request(body: ImagesRequest, entry: Entry) -> GenerationRequest:
-    """The order for a request: what it leaves open is as in the samples that the version was published with."""
+    """The request to the replica; fields that the body leaves out are those of the samples of the version."""
     if entry.unserved is not None:
         message = f"{entry.subject}@{entry.version} cannot be drawn: {entry.unserved}"
         raise ApiError(400, message, "model", "model_not_served")
@@ -220,7 +219,7 @@ def make_request(body: ImagesRequest, entry: Entry) -> GenerationRequest:
 
 
 async def until(time_limit: float, seconds: float, images: AsyncIterator[DrawnImage]) -> AsyncIterator[DrawnImage]:
-    """The images as they come; gives the drawing up at a time of the monotonic clock, or when it is closed."""
+    """The images as they come; ApiError 504 at `time_limit` on the monotonic clock."""
     async with aclosing(images):  # type: ignore[type-var]
         while True:
             try:
@@ -236,14 +235,14 @@ async def until(time_limit: float, seconds: float, images: AsyncIterator[DrawnIm
 
 
 async def events(
-    order: GenerationRequest, first: DrawnImage, others: AsyncIterator[DrawnImage], warning: str | None
+    request: GenerationRequest, first: DrawnImage, others: AsyncIterator[DrawnImage], warning: str | None
 ) -> AsyncIterator[str]:
     """The images as server-sent events."""
     async with aclosing(others):  # type: ignore[type-var]
-        yield _event(order, first, warning)
+        yield _event(request, first, warning)
         try:
             async for image in others:
-                yield _event(order, image, warning)
+                yield _event(request, image, warning)
         except Exception as error:
             body = errors.as_body(errors.as_http_error(error))
             yield f"event: error\ndata: {body.model_dump_json()}\n\n"
@@ -251,23 +250,23 @@ async def events(
                 raise
 
 
-def _event(order: GenerationRequest, image: DrawnImage, warning: str | None) -> str:
+def _event(request: GenerationRequest, image: DrawnImage, warning: str | None) -> str:
     common: dict[str, Any] = {
         "b64_json": base64.b64encode(image.png).decode(),
         "created_at": int(time.time()),
-        "size": f"{order.width}x{order.height}",
-        "seed": order.seeds[image.number],
-        "model": order.model,
+        "size": f"{request.width}x{request.height}",
+        "seed": request.seeds[image.number],
+        "model": request.model,
     }
     event: CompletedEvent | PartialImageEvent
     if image.preview is None:
-        event = CompletedEvent(**common, revised_prompt=order.prompt, batch=image.batch, warning=warning)
+        event = CompletedEvent(**common, revised_prompt=request.prompt, batch=image.batch, warning=warning)
     else:
         event = PartialImageEvent(**common, partial_image_index=image.preview)
     return f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
 
 
 def describe(model: str, entry: Entry) -> Model:
-    """A version as one of the list of models, under the id `model`."""
+    """A version as an entry of the list of models, under the id `model`."""
     created = int(datetime.fromisoformat(entry.created).timestamp())
     return Model(id=model, created=created, version=entry.version, unserved=entry.unserved)

@@ -1,4 +1,4 @@
-"""A folder of immutable JSON files, mirrored in memory: of each, what a caller wants to keep."""
+"""An index in memory of a folder of immutable JSON files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from dreambooth.common.location import Location
 
 _FRESH_SECONDS = 5.0
 _STALE_SECONDS = 30.0
-_PATIENCE_SECONDS = 2.0
-_READS_AT_ONCE = 16
+_WAIT_SECONDS = 2.0
+_PARALLEL_READS = 16
 _LOG = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
 
 class Index(Generic[T]):
-    """The JSON files below a folder whose paths match a pattern, listed again when the last look is some seconds old.
+    """The JSON files below a folder whose paths match a pattern; listed again when the last listing is seconds old.
 
-    A question is answered from memory while a new listing is on its way; only an index that nobody has asked for long
-    is waited for. While the folder cannot be read, the last listing holds.
+    A query is answered from memory while a new listing is being read; it waits only when the last one is old. While the
+    folder cannot be read, the last listing stays valid.
     """
 
     def __init__(self, folder: Location, pattern: str, keep: Callable[[Any], T]) -> None:
-        """Nothing is read before the first question. Of each file only what `keep` makes of its content is kept."""
+        """Read nothing before the first query. `keep` turns the content of a file into its entry."""
         self._folder, self._pattern, self._keep = folder, re.compile(pattern), keep
         self._found: Mapping[str, T | None] = {}
         self._entries: Mapping[str, T] = {}
@@ -40,7 +40,7 @@ class Index(Generic[T]):
         self._reading: Future[None] | None = None
 
     async def entries(self) -> Mapping[str, T]:
-        """What is kept of each file, by path; the same object until something has changed.
+        """The entries by path; the same object until something has changed.
 
         Raises OSError when the folder has never been read and cannot be.
         """
@@ -53,19 +53,19 @@ class Index(Generic[T]):
             if self._read_at == -math.inf:
                 await asyncio.shield(reading)
             else:
-                await asyncio.wait([reading], timeout=_PATIENCE_SECONDS)
+                await asyncio.wait([reading], timeout=_WAIT_SECONDS)
         return self._entries
 
     def _read(self) -> None:
         try:
             if self._folder.local is not None and self._found and not self._folder.exists():
-                raise FileNotFoundError(f"{self._folder} has gone: a file system that is no longer mounted?")
+                raise FileNotFoundError(f"{self._folder} has disappeared: is the file system still mounted?")
             paths = [path for path in self._folder.files() if self._pattern.fullmatch(path)]
             new = [path for path in paths if path not in self._found]
-            with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+            with ThreadPoolExecutor(_PARALLEL_READS) as threads:
                 read = dict(zip(new, threads.map(self._read_file, new), strict=True))
         except OSError:
-            _LOG.exception(f"cannot read {self._folder}; going by its last listing")
+            _LOG.exception(f"cannot read {self._folder}; the last listing stays valid")
             raise
         if new or len(paths) != len(self._found):
             self._found = {path: read[path] if path in read else self._found[path] for path in paths}
@@ -76,6 +76,6 @@ class Index(Generic[T]):
         data = (self._folder / path).read_bytes()
         try:
             return self._keep(json.loads(data))
-        except (ValueError, KeyError, TypeError):  # one bad file is no reason to do without the others
-            _LOG.exception(f"{self._folder / path} is not what it should be; going on without it")
+        except (ValueError, KeyError, TypeError):  # one malformed file must not hide the others
+            _LOG.exception(f"{self._folder / path} is malformed; it is left out")
             return None

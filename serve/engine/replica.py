@@ -1,4 +1,4 @@
-"""The subject replica: draws images of any subject of one backbone, in batches, while it loads the next subjects."""
+"""The replica: draws images of all versions of one backbone, in batches, while it loads the next weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from serve.engine.swap_pipeline import SwapPipeline
 from serve.engine.weight_cache import DiskCache, HostCache
 from serve.request import DrawnImage, GenerationRequest, check
 
-_KEEP_SECONDS = 10.0
+_PRELOAD_SECONDS = 10.0
 _LOG = logging.getLogger("ray.serve")
 
 
-class _Abandoned(Exception):
-    """Nobody waits for any image of the batch any more."""
+class _Cancelled(Exception):
+    """All requests of the batch were cancelled."""
 
 
 class SubjectReplica:
-    """Draws images of any subject of one backbone."""
+    """Draws images of all versions of one backbone."""
 
     def __init__(
         self,
@@ -48,39 +48,40 @@ class SubjectReplica:
         keep: Sequence[str],
         wedged_after: float,
     ) -> None:
-        """Load the backbone with hash `backbone`; subjects wait until they are asked for, but for those in `keep`."""
+        """Load the backbone with this hash. Versions are loaded on request, except those in `keep`: now."""
         metrics.label_by_replica()
         torch.set_num_threads(threads)
         self._store = SubjectStore(store_uri)
         self._backbone = self._store.open_backbone(backbone)
         self._pipeline = SwapPipeline(self._backbone, DTYPES[precision], torch.device(device))
-        tier = DiskCache(self._store, Path(disk).expanduser(), disk_space)
-        self._host = HostCache(tier, self._pipeline.base, host_memory, pin=device == "cuda")
+        disk_cache = DiskCache(self._store, Path(disk).expanduser(), disk_space)
+        self._host = HostCache(disk_cache, self._pipeline.base, host_memory, pin=device == "cuda")
         self._hash, self._batch, self._wedged_after = backbone, batch, wedged_after
         self._scheduler = FairScheduler()
         self._device = ThreadPoolExecutor(1, "device", torch.set_num_threads, (threads,))
         self._encoders = ThreadPoolExecutor(2, "encode")
-        self._pumping: asyncio.Task[None] | None = None
-        self._beat: float | None = None  # when the device last finished a step; None while it has nothing to do
+        self._drawing: asyncio.Task[None] | None = None
+        self._last_step: float | None = None  # monotonic time of the device's last step; None while it is idle
         self._broken = False
-        self._keeping = asyncio.create_task(self._keep_loaded(keep)) if keep else None
+        self._preloading = asyncio.create_task(self._preload(keep)) if keep else None
 
-    # -- orders --------------------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------------
 
-    async def draw(self, order: GenerationRequest) -> AsyncIterator[DrawnImage]:
-        """The images in the order in which they are finished; raises BadRequest before any weights move.
+    async def draw(self, request: GenerationRequest) -> AsyncIterator[DrawnImage]:
+        """The images, as they are finished; BadRequest before any weights are loaded.
 
-        An order that is given up while it waits leaves the queue; one that is being drawn ends after the step.
+        A request that is cancelled while it waits leaves the queue; the drawing of a batch ends after the current step
+        when all its requests are cancelled.
         """
-        check(order, self._backbone)
-        async with self._host.lease(order.subject, order.version) as tensors:
+        check(request, self._backbone)
+        async with self._host.lease(request.subject, request.version) as tensors:
             results: asyncio.Queue[DrawnImage | Exception] = asyncio.Queue()
-            jobs = [Job(order, number, tensors, results) for number in range(len(order.seeds))]
+            jobs = [Job(request, number, tensors, results) for number in range(len(request.seeds))]
             for job in jobs:
                 self._scheduler.add(job)
             metrics.waiting.set(len(self._scheduler))
-            if self._pumping is None or self._pumping.done():
-                self._pumping = asyncio.create_task(self._pump())
+            if self._drawing is None or self._drawing.done():
+                self._drawing = asyncio.create_task(self._draw_batches())
             left = len(jobs)
             try:
                 while left:
@@ -91,19 +92,19 @@ class SubjectReplica:
                     yield result
             finally:
                 for job in jobs:
-                    job.abandoned = True
+                    job.cancelled = True
                     self._scheduler.remove(job)
 
     def check_health(self) -> None:
-        """Called by Ray Serve, which replaces a replica whose check fails: raises when the device is stuck."""
-        if self._beat is not None and time.monotonic() - self._beat > self._wedged_after:
+        """Raise RuntimeError when the device is stuck or broken; Ray Serve then replaces the replica."""
+        if self._last_step is not None and time.monotonic() - self._last_step > self._wedged_after:
             raise RuntimeError(f"the device has not finished a step for {self._wedged_after:g} s")
         if self._broken:
             raise RuntimeError("the device has failed; only a new process can use it again")
 
     # -- the device ----------------------------------------------------------------------------------------------------
 
-    async def _pump(self) -> None:
+    async def _draw_batches(self) -> None:
         loop = asyncio.get_running_loop()
         while len(self._scheduler):
             batch = self._scheduler.take(self._batch)
@@ -111,31 +112,31 @@ class SubjectReplica:
             metrics.batches.observe(len(batch))
             for job in batch:
                 metrics.seconds.observe(time.perf_counter() - job.since, tags={"stage": "wait"})
-            self._beat = time.monotonic()
+            self._last_step = time.monotonic()
             try:
                 pixels = await loop.run_in_executor(self._device, self._sample, batch, loop)
                 self._encode(batch, pixels, None, loop)
-            except _Abandoned:
+            except _Cancelled:
                 pass
             except Exception as error:
                 self._broken = self._broken or isinstance(error, torch.AcceleratorError)
                 for job in batch:
                     job.results.put_nowait(error)
             finally:
-                self._beat = None
+                self._last_step = None
 
     def _sample(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> np.ndarray:
-        order, started = batch[0].order, time.perf_counter()
-        if self._pipeline.load_version(order.model, batch[0].tensors):
+        request, started = batch[0].request, time.perf_counter()
+        if self._pipeline.load_version(request.model, batch[0].tensors):
             metrics.swaps.inc()
             metrics.seconds.observe(time.perf_counter() - started, tags={"stage": "swap"})
         started = time.perf_counter()
 
         def on_step(step: int, preview: Callable[[], np.ndarray]) -> None:
-            self._beat = time.monotonic()
-            if all(job.abandoned for job in batch):
-                raise _Abandoned
-            shown = {job: preview_after(step, job.order) for job in batch}
+            self._last_step = time.monotonic()
+            if all(job.cancelled for job in batch):
+                raise _Cancelled
+            shown = {job: preview_after(step, job.request) for job in batch}
             if any(number is not None for number in shown.values()):
                 pixels = preview()
                 for number in sorted({number for number in shown.values() if number is not None}):
@@ -143,9 +144,9 @@ class SubjectReplica:
                     self._encode([batch[row] for row in rows], pixels[rows], number, loop)
 
         pixels = self._pipeline.draw(
-            order,
-            [(job.order.prompt, job.order.negative_prompt) for job in batch],
-            [job.order.seeds[job.number] for job in batch],
+            request,
+            [(job.request.prompt, job.request.negative_prompt) for job in batch],
+            [job.request.seeds[job.number] for job in batch],
             on_step,
         )
         metrics.seconds.observe(time.perf_counter() - started, tags={"stage": "sample"})
@@ -159,21 +160,21 @@ class SubjectReplica:
             try:
                 result = DrawnImage(job.number, png(image), preview, len(jobs))
             except ArithmeticError as error:
-                result = ArithmeticError(f"{job.order.model}, seed {job.order.seeds[job.number]}: {error}")
+                result = ArithmeticError(f"{job.request.model}, seed {job.request.seeds[job.number]}: {error}")
             loop.call_soon_threadsafe(job.results.put_nowait, result)
 
         for job, image in zip(jobs, pixels, strict=True):
             self._encoders.submit(encode, job, image)
 
-    # -- subjects to keep ----------------------------------------------------------------------------------------------
+    # -- preloaded versions --------------------------------------------------------------------------------------------
 
-    async def _keep_loaded(self, models: Sequence[str]) -> None:
+    async def _preload(self, models: Sequence[str]) -> None:
         while True:
             try:
                 await self._host.keep(await asyncio.to_thread(self._named, models))
-            except Exception:  # the store may be away for a while; requests do not depend on this
+            except Exception:  # the store may be unreachable for a while; requests do not depend on this
                 _LOG.exception("could not load the subjects to keep")
-            await asyncio.sleep(_KEEP_SECONDS)
+            await asyncio.sleep(_PRELOAD_SECONDS)
 
     def _named(self, models: Sequence[str]) -> frozenset[tuple[str, str]]:
         found = set()
@@ -184,9 +185,9 @@ class SubjectReplica:
         return frozenset(found)
 
 
-def preview_after(step: int, order: GenerationRequest) -> int | None:
-    """The number of the preview that is due after a step (from 0), or None; previews divide the steps evenly."""
-    due = [(number + 1) * order.steps // (order.previews + 1) - 1 for number in range(order.previews)]
+def preview_after(step: int, request: GenerationRequest) -> int | None:
+    """Index of the preview to send after this step (from 0), or None; previews divide the steps evenly."""
+    due = [(number + 1) * request.steps // (request.previews + 1) - 1 for number in range(request.previews)]
     return max((number for number, at in enumerate(due) if at == step), default=None)
 
 

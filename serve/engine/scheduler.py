@@ -1,4 +1,4 @@
-"""Whose turn it is on the device: images of one subject together, the subjects in fair turns."""
+"""The order in which the device draws images: one subject in a batch, fairly among subjects."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ from serve.request import DrawnImage, GenerationRequest
 
 @dataclass(eq=False)
 class Job:
-    """One image of an order, and where to send it."""
+    """One image of a request, and the queue for its results."""
 
-    order: GenerationRequest
+    request: GenerationRequest
     number: int
     tensors: Mapping[str, Tensor]
     results: asyncio.Queue[DrawnImage | Exception]
-    abandoned: bool = False
+    cancelled: bool = False
     since: float = field(default_factory=time.perf_counter)
 
     @property
     def cost(self) -> int:
-        """What the image takes of the device, in pixels times steps."""
-        return self.order.width * self.order.height * self.order.steps
+        """The device time of the image, in pixels times steps."""
+        return self.request.width * self.request.height * self.request.steps
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What images of one batch must have in common."""
-        order = self.order
-        return (order.width, order.height, order.steps, order.guidance, order.negative_prompt is None)
+        """What the images of one batch must have in common."""
+        request = self.request
+        return (request.width, request.height, request.steps, request.guidance, request.negative_prompt is None)
 
 
 class FairScheduler:
-    """Waiting jobs by subject. The next turn is that of the subject that has had the least of the device.
+    """A queue of jobs for each subject version; the next batch is of the one that has used the least device time.
 
-    This is start-time fair queueing: a subject's account starts at the account of the turn that is served when the
-    subject comes, so that it neither pays for having been away nor gains by it.
+    This is start-time fair queueing (Goyal et al., 1996): a version that becomes active starts at the virtual time of
+    the batch being drawn, so that it neither pays nor gains for having been idle.
     """
 
     def __init__(self) -> None:
-        """Nobody waits."""
+        """Start with empty queues."""
         self._waiting: dict[str, deque[Job]] = {}
-        self._accounts: dict[str, int] = {}
-        self._now = 0
+        self._used: dict[str, int] = {}
+        self._virtual_time = 0
 
     def __len__(self) -> int:
-        """How many jobs wait."""
+        """The number of jobs in all queues."""
         return sum(len(jobs) for jobs in self._waiting.values())
 
     def add(self, job: Job) -> None:
-        """Let a job wait behind those of its subject."""
-        model = job.order.model
+        """Append a job to the queue of its version."""
+        model = job.request.model
         if model not in self._waiting:
             self._waiting[model] = deque()
-            self._accounts[model] = max(self._accounts.get(model, 0), self._now)
+            self._used[model] = max(self._used.get(model, 0), self._virtual_time)
         self._waiting[model].append(job)
 
     def remove(self, job: Job) -> None:
-        """Forget a job if it still waits."""
-        model = job.order.model
+        """Remove a job if it is still in a queue."""
+        model = job.request.model
         if job in self._waiting.get(model, ()):
             self._waiting[model].remove(job)
-            self._forget(model)
+            self._drop_idle(model)
 
-    def take(self, most: int) -> list[Job]:
-        """The next batch: at most so many jobs of one subject and kind, oldest first; there must be some."""
-        model = min(self._waiting, key=lambda name: self._accounts[name])
+    def take(self, size: int) -> list[Job]:
+        """The next batch: at most `size` jobs of one version and kind, oldest first; the queues must not be empty."""
+        model = min(self._waiting, key=lambda name: self._used[name])
         waiting = self._waiting[model]
-        batch = [job for job in waiting if job.kind == waiting[0].kind][:most]
+        batch = [job for job in waiting if job.kind == waiting[0].kind][:size]
         self._waiting[model] = deque(job for job in waiting if job not in batch)
-        self._now = self._accounts[model]
-        self._accounts[model] += sum(job.cost for job in batch)
-        self._forget(model)
+        self._virtual_time = self._used[model]
+        self._used[model] += sum(job.cost for job in batch)
+        self._drop_idle(model)
         return batch
 
-    def _forget(self, model: str) -> None:
+    def _drop_idle(self, model: str) -> None:
         if not self._waiting[model]:
             del self._waiting[model]
         if not self._waiting:
-            self._now = max(self._accounts.values())
-        settled = [name for name, spent in self._accounts.items() if spent <= self._now and name not in self._waiting]
-        for name in settled:
-            del self._accounts[name]
+            self._virtual_time = max(self._used.values())
+        idle = [name for name, used in self._used.items() if used <= self._virtual_time and name not in self._waiting]
+        for name in idle:
+            del self._used[name]

@@ -1,1 +1,1 @@
-"""The ingress and the router to the replicas."""
+"""The ingress deployment, and the router to the replicas."""

@@ -1,4 +1,4 @@
-"""The ingress: it validates requests, finds their model, and passes them on to the replicas of its backbone."""
+"""The ingress deployment: the HTTP API, which sends each request to the replicas of its backbone."""
 
 from __future__ import annotations
 
@@ -25,34 +25,37 @@ _TRIES = 3
 
 
 class Ingress:
-    """Validates requests, finds their model, and passes them on to the replicas of its backbone."""
+    """Serves the HTTP API, and sends each request to the replicas of its backbone."""
 
-    def __init__(self, args: ServeConfig, replicas: dict[str, DeploymentHandle]) -> None:
+    def __init__(self, config: ServeConfig, replicas: dict[str, DeploymentHandle]) -> None:
         """Serve the versions in the store on the backbones of `replicas`, by hash."""
         metrics.label_by_replica()
-        self._args, self._replicas = args, replicas
+        self._config, self._replicas = config, replicas
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The HTTP API; Ray Serve calls this once in each ingress process."""
-        args = self._args
-        keys = None if args.without_keys else folder_of(args.store, args.keys)
-        store = SubjectStore(args.store)
-        images = Location.of(args.images) if args.images else store.root / "images"
-        files = ImageFiles(images, 60 * args.image_minutes)
-        rules = ApiConfig(keys, files, args.public_url, args.deadline, args.log_prompts)
-        return create_api(Catalog(store, self._replicas), self._draw, rules)
+        """Build the HTTP API; called by Ray Serve once in each ingress process."""
+        config = self._config
+        keys = None if config.without_keys else folder_of(config.store, config.keys)
+        store = SubjectStore(config.store)
+        images = Location.of(config.images) if config.images else store.root / "images"
+        files = ImageFiles(images, 60 * config.image_minutes)
+        settings = ApiConfig(keys, files, config.public_url, config.deadline, config.log_prompts)
+        return create_api(Catalog(store, self._replicas), self._draw, settings)
 
-    async def _draw(self, backbone: str, order: GenerationRequest) -> AsyncIterator[DrawnImage]:
+    async def _draw(self, backbone: str, request: GenerationRequest) -> AsyncIterator[DrawnImage]:
         sent = set()
         for tries_left in reversed(range(_TRIES)):
-            answer = self._replicas[backbone].options(stream=True).draw.remote(order)
+            answer = self._replicas[backbone].options(stream=True).draw.remote(request)
             try:
                 async for drawn in answer:
                     if (drawn.number, drawn.preview) not in sent:
                         sent.add((drawn.number, drawn.preview))
                         yield drawn
                 return
-            except (asyncio.CancelledError, GeneratorExit):  # nobody waits any more: the replica stops after the step
+            except (
+                asyncio.CancelledError,
+                GeneratorExit,
+            ):  # the client left or the deadline passed: the replica stops after the current step
                 answer.cancel()
                 raise
             except BackPressureError:
@@ -61,7 +64,10 @@ class Ingress:
                 ) from None
             except RayTaskError as error:
                 raise error.cause from None
-            except (RayActorError, ReplicaUnavailableError):  # seeds are fixed, so another replica draws the same
+            except (
+                RayActorError,
+                ReplicaUnavailableError,
+            ):  # seeds are fixed, so another replica draws the same images
                 if not tries_left:
                     message = f"{_TRIES} replicas were lost with this request: come again later"
                     raise errors.unavailable(message, "replica_lost", BUSY_RETRY_AFTER) from None

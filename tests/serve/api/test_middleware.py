@@ -1,4 +1,4 @@
-"""Bodies are bounded in size and time, whoever sends them and however slowly."""
+"""The size and time of bodies are bounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from dreambooth.common.location import Location
 from dreambooth.store import SubjectStore
-from serve.api import routes as api
+from serve.api import routes
 from serve.api.image_files import ImageFiles
 from serve.api.routes import ApiConfig, create_api
 from serve.catalog.catalog import Catalog
@@ -25,7 +25,7 @@ PATH = "/v1/images/generations"
 @pytest.fixture
 def application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     """An API that has no models, and waits for bodies half a second."""
-    monkeypatch.setattr(api, "_BODY_SECONDS", 0.5)
+    monkeypatch.setattr(routes, "_BODY_SECONDS", 0.5)
 
     def draw(*_: Any) -> Any:
         pytest.fail("this reached a replica")

@@ -25,12 +25,12 @@ from tests.conftest import ROOT
 from tests.serve.published import publish_all
 
 
-async def draw(backbone: str, order: GenerationRequest) -> AsyncIterator[DrawnImage]:
-    """Images that are none, from all orders but those that a backbone cannot draw."""
-    if order.width % 8 or order.height % 8:
+async def draw(backbone: str, request: GenerationRequest) -> AsyncIterator[DrawnImage]:
+    """Images that are none, from all requests but those that a backbone cannot draw."""
+    if request.width % 8 or request.height % 8:
         raise BadRequest("sides must be multiples of 8")
-    for number in range(len(order.seeds)):
-        for preview in range(order.previews):
+    for number in range(len(request.seeds)):
+        for preview in range(request.previews):
             yield DrawnImage(number, b"preview", preview, 1)
         yield DrawnImage(number, b"png", None, 1)
 

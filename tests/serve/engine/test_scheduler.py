@@ -1,4 +1,4 @@
-"""Subjects take fair turns; images of one subject are drawn together."""
+"""Device time is shared fairly among subjects; images of one subject are drawn in a batch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from serve.request import GenerationRequest
 
 
 def job(subject: str, steps: int = 10, number: int = 0, negative: str | None = None) -> Job:
-    order = GenerationRequest(subject, "1", "a cat", negative, 32, 32, steps, 4.0, seeds=(number,))
-    return Job(order, number, {}, asyncio.Queue())
+    request = GenerationRequest(subject, "1", "a cat", negative, 32, 32, steps, 4.0, seeds=(number,))
+    return Job(request, number, {}, asyncio.Queue())
 
 
-def served(scheduler: FairScheduler, most: int = 1) -> list[str]:
+def served(scheduler: FairScheduler, size: int = 1) -> list[str]:
     taken = []
     while len(scheduler):
-        batch = scheduler.take(most)
-        taken.append(f"{batch[0].order.subject}{len(batch) if most > 1 else ''}")
+        batch = scheduler.take(size)
+        taken.append(f"{batch[0].request.subject}{len(batch) if size > 1 else ''}")
     return taken
 
 
@@ -25,36 +25,36 @@ def test_a_burst_of_one_subject_does_not_delay_another() -> None:
     scheduler = FairScheduler()
     for _ in range(20):
         scheduler.add(job("burst"))
-    assert [scheduler.take(1)[0].order.subject for _ in range(3)] == ["burst"] * 3
+    assert [scheduler.take(1)[0].request.subject for _ in range(3)] == ["burst"] * 3
     scheduler.add(job("late"))
-    assert "late" in [scheduler.take(1)[0].order.subject for _ in range(2)]
+    assert "late" in [scheduler.take(1)[0].request.subject for _ in range(2)]
 
 
-def test_turns_are_fair_by_work_not_by_number() -> None:
+def test_fairness_counts_device_time_not_images() -> None:
     scheduler = FairScheduler()
     for _ in range(4):
         scheduler.add(job("long", steps=30))
     for _ in range(12):
         scheduler.add(job("short", steps=10))
-    order = served(scheduler)[:8]
-    assert order.count("short") in (5, 6, 7)
+    taken = served(scheduler)[:8]
+    assert taken.count("short") in (5, 6, 7)
 
 
-def test_a_subject_that_comes_back_at_once_gains_nothing() -> None:
+def test_a_subject_that_returns_at_once_gains_nothing() -> None:
     scheduler = FairScheduler()
     for _ in range(10):
         scheduler.add(job("waiting"))
     scheduler.add(job("returning", steps=100))
-    order = []
+    taken = []
     for _ in range(10):
-        [taken] = scheduler.take(1)
-        order.append(taken.order.subject)
-        if taken.order.subject == "returning":
+        [one] = scheduler.take(1)
+        taken.append(one.request.subject)
+        if one.request.subject == "returning":
             scheduler.add(job("returning", steps=100))
-    assert order.count("returning") <= 2
+    assert taken.count("returning") <= 2
 
 
-def test_a_subject_that_was_away_does_not_take_the_device_over() -> None:
+def test_a_subject_that_was_idle_does_not_take_over_the_device() -> None:
     scheduler = FairScheduler()
     for _ in range(50):
         scheduler.add(job("steady"))
@@ -62,7 +62,7 @@ def test_a_subject_that_was_away_does_not_take_the_device_over() -> None:
         scheduler.take(1)
     for _ in range(20):
         scheduler.add(job("new"))
-    first = [scheduler.take(1)[0].order.subject for _ in range(10)]
+    first = [scheduler.take(1)[0].request.subject for _ in range(10)]
     assert 4 <= first.count("new") <= 6
 
 
@@ -94,4 +94,4 @@ def test_a_removed_job_is_not_drawn_and_nothing_is_left_behind() -> None:
     for number in range(1000):
         scheduler.add(job(f"subject{number}"))
         scheduler.take(1)
-    assert len(vars(scheduler)["_accounts"]) <= 1
+    assert len(vars(scheduler)["_used"]) <= 1
