@@ -24,6 +24,8 @@ from serve.command_line import CommandLine
 from serve.config import InvalidInput, ServeConfig, read_config
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from serve.catalog.catalog import Entry
 
 _NAME = "dreambooth"
@@ -57,21 +59,21 @@ def _command_line() -> CommandLine:
     line.add_argument("--port", metavar="PORT", type=int, default=8000, help="Port. (default: %(default)s)")
     line.add_argument("--verbose", action="store_true", help="Show the logs of Ray here too.")
     for name, field in ServeConfig.model_fields.items():
-        text = (field.description or "").replace("\n", " ").replace("%", "%%")
-        text = re.sub(
-            r"`(\w+)`", lambda match: _flag(match[1]) if match[1] in ServeConfig.model_fields else match[0], text
-        )
-        if field.annotation is bool:
-            line.add_argument(_flag(name), action="store_true", default=None, help=text)
-            continue
-        if field.default not in (None, ()) and not field.is_required():
-            text += (
-                f" (default: {field.default:g})" if isinstance(field.default, float) else f" (default: {field.default})"
-            )
-        many = field.default == ()
-        value = "NAME" if many else _value(field.annotation)
-        line.add_argument(_flag(name), metavar=value, nargs="*" if many else None, help=text)
+        _add_setting(line, name, field)
     return line
+
+
+def _add_setting(line: CommandLine, name: str, field: FieldInfo) -> None:
+    text = (field.description or "").replace("\n", " ").replace("%", "%%")
+    text = re.sub(r"`(\w+)`", lambda match: _flag(match[1]) if match[1] in ServeConfig.model_fields else match[0], text)
+    if field.annotation is bool:
+        line.add_argument(_flag(name), action="store_true", default=None, help=text)
+    elif field.default == ():
+        line.add_argument(_flag(name), metavar="NAME", nargs="*", help=text)
+    else:
+        if field.default is not None and not field.is_required():
+            text += f" (default: {field.default:{'g' if isinstance(field.default, float) else ''}})"
+        line.add_argument(_flag(name), metavar=_value(field.annotation), help=text)
 
 
 def _flag(name: str) -> str:

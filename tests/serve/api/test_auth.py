@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import pytest
 from dreambooth.common.location import Location
 from serve.api.auth import KeyFolder, KeyRing
 from serve.catalog import index
-from tests.conftest import ROOT
 
 pytestmark = pytest.mark.anyio
 
@@ -67,23 +63,3 @@ def test_a_rate_is_kept_and_says_when_to_come_again(tmp_path: Path) -> None:
     assert ring.spend(key, 2) == 0
     now = 1000.0
     assert [ring.spend(key, 6), ring.spend(key, 1)] == [0, 10]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "serve.keys", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-
-
-async def test_the_command_makes_lists_and_revokes(tmp_path: Path) -> None:
-    made = run("make", "--store", str(tmp_path), "--tenant", "acme", "--subjects", "rex", "--images-per-minute", "9")
-    secret = made.stdout.strip()
-    key = await KeyRing(Location.of(tmp_path / "keys")).find(secret)
-    assert key is not None, made.stderr
-    assert (key.tenant, key.subjects, key.images_per_minute, key.admin) == ("acme", ("rex",), 9, False)
-    listed = run("list", "--store", str(tmp_path)).stdout
-    assert key.id in listed
-    assert secret not in listed
-    assert run("revoke", key.id, "--store", str(tmp_path)).returncode == 0
-    again = run("revoke", key.id, "--store", str(tmp_path))
-    assert (again.returncode, again.stderr.startswith("error: there is no key")) == (2, True)
