@@ -113,7 +113,7 @@ def show_help_if_asked(kind: type, arguments: Sequence[str], description: str, f
 
 
 def _print_help(shown: Iterable[tuple[str, list[Option]]], description: str, footer: str = "") -> None:
-    width = min(shutil.get_terminal_size((100, 24)).columns, 110)
+    width = page_width()
     lines = [f"usage: {_program()} [OPTIONS]"]
     for paragraph in description.strip().split("\n\n"):
         lines += ["", *textwrap.wrap(" ".join(paragraph.split()), width)]
@@ -162,6 +162,11 @@ def _value(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         return "|".join(_value(one) for one in get_args(kind) if one is not NoneType)
     return "|".join(map(str, get_args(kind))) or _WORDS[kind]
+
+
+def page_width() -> int:
+    """Characters in a line: the terminal's as far as it is easy to read, and a wide page's elsewhere."""
+    return min(shutil.get_terminal_size((110, 24)).columns, 110)
 
 
 def in_words(value: Any) -> str:
