@@ -22,7 +22,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 T = TypeVar("T")
 
 _REGISTRY = ConstructorRegistry()
-_WORDS = {int: "INT", float: "FLOAT", str: "STR", bool: "True|False"}
+_WORDS = {int: "N", float: "X", str: "TEXT", bool: "True|False"}
 _COLUMN = 28
 """Where the texts of options begin."""
 
@@ -147,6 +147,7 @@ def _option(name: str, hint: Any, default: Any, text: str) -> Option:
     told = next((one for one in metadata if isinstance(one, type(shown()))), shown())
     if kind is bool:
         return Option(name, "", text, "")
+    assert default is not None or told.help_behavior_hint is not None, f"{name}: say in words what its default is"
     words = in_words(default) if told.help_behavior_hint is None else told.help_behavior_hint
     return Option(name, told.metavar or _value(kind), text, words.removeprefix("(default: ").removesuffix(")"))
 
