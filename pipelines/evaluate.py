@@ -1,9 +1,9 @@
 """Score published versions by the paper's protocol (Ruiz et al., CVPR 2023, section 4).
 
-Draws 4 pictures for each of DreamBench's 25 prompts and 100 of the class with a version's weights, holds them against
+Draws 4 pictures for each of DreamBench's 25 prompts and 100 of the class with a version's weights, compares them with
 the subject's photos, and writes DINO, CLIP-I, CLIP-T, PRES and DIV into the store. All versions of a subject, with and
 without the prior term or by Textual Inversion, are drawn from the same seeds: their rows in the table compare. Killed
-and run again, the same command goes on where it was. Exit codes: 0 all scored, 1 a version failed, 2 bad input.
+and run again, the same command continues where it stopped. Exit codes: 0 all scored, 1 a version failed, 2 bad input.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def plan(options: EvaluateOptions) -> EvaluationPlan:
             raise ValueError(f"prompt {template!r} does not name the subject: write {PLACEHOLDER} where it stands")
         fill(template, "dog")
     if options.csv is not None and not Path(options.csv).expanduser().absolute().parent.is_dir():
-        raise ValueError(f"--csv {options.csv} lies in no folder that is there")
+        raise ValueError(f"--csv {options.csv} is in no folder that exists")
     store = SubjectStore(options.store)
     store.check_writable()
     planned: list[PlannedEvaluation] = []

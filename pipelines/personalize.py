@@ -2,7 +2,7 @@
 
 Runs on a Ray cluster (`ray job submit --working-dir . -- python pipelines/personalize.py ...`), or starts Ray on this
 machine. Without options it personalizes the sample subject on the embedded backbone. Killed and run again, the same
-command goes on where it was. Exit codes: 0 all published, 1 a subject failed, 2 bad input.
+command continues where it stopped. Exit codes: 0 all published, 1 a subject failed, 2 bad input.
 """
 
 from __future__ import annotations

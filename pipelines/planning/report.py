@@ -51,7 +51,7 @@ def describe(plan: Plan, width: int | None = None) -> Iterator[str]:
     yield from plan.preflight.describe()
     free = plan.store.free_bytes()
     room = "an object store" if free is None else f"{bytes_in_words(free)} free"
-    yield f"Disk: at most about {bytes_in_words(disk_bytes(plan))} of {room}, in {plan.store.root}"
+    yield f"Disk: at most about {bytes_in_words(disk_bytes(plan))} of {room}"
 
 
 def _choices(plan: Plan, width: int) -> Iterator[str]:
