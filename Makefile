@@ -6,7 +6,10 @@ BIN     := $(VENV)/bin
 STORE   ?= demo-store
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: help demo test test-slow lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## personalize the sample subject on the embedded backbone, on this machine's CPU
 	$(BIN)/python pipelines/personalize.py --store $(STORE)
@@ -27,5 +30,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,tools]'
 	touch $@
 
-clean:
+clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(STORE) build *.egg-info

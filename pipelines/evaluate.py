@@ -1,12 +1,19 @@
 """Score published versions by the paper's protocol (Ruiz et al., CVPR 2023, section 4).
 
-Draws 4 pictures for each of DreamBench's 25 prompts and 100 of the class with a version's weights, holds them against
+Draws 4 pictures for each of DreamBench's 25 prompts and 100 of the class with a version's weights, compares them with
 the subject's photos, and writes DINO, CLIP-I, CLIP-T, PRES and DIV into the store. All versions of a subject, with and
 without the prior term or by Textual Inversion, are drawn from the same seeds: their rows in the table compare. Killed
-and run again, the same command goes on where it was. Exit codes: 0 all scored, 1 a version failed, 2 bad input.
+and run again, the same command continues where it stopped. Exit codes: 0 all scored, 1 a version failed, 2 bad input.
 """
 
 from __future__ import annotations
+
+if not __package__:  # run as a script: import from the project's root, not from this folder
+    import os
+    import sys
+
+    folder = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(folder), *(path for path in sys.path if os.path.realpath(path) != folder)]
 
 from pipelines.runtime.console import Display, quiet_libraries
 
@@ -16,10 +23,9 @@ import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Literal  # noqa: E402
+from typing import Annotated, Literal  # noqa: E402
 
 import torch  # noqa: E402
-import tyro  # noqa: E402
 
 from dreambooth.backbones import open_backbone  # noqa: E402
 from dreambooth.embedded import sample_subject  # noqa: E402
@@ -30,56 +36,89 @@ from dreambooth.store import SubjectStore, Version  # noqa: E402
 from dreambooth.subjects.manifest import SubjectSpec, load_manifest  # noqa: E402
 from dreambooth.subjects.prompts import PLACEHOLDER, dreambench_prompts, fill  # noqa: E402
 from dreambooth.versions.pipeline import published_samplers  # noqa: E402
+from pipelines.planning.command_line import read_arguments, show_help_if_asked, shown  # noqa: E402
 from pipelines.stages.score import PlannedEvaluation, Scored, draw_pictures, score_versions  # noqa: E402
 from pipelines.stages.score_table import score_table, write_csv  # noqa: E402
 
+FIRST = ("subject", "images", "manifest", "versions", "store", "class_images", "lpips", "csv")
+"""The options of a first run, which `--help` shows."""
+
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """What is scored, and how. Without images or a manifest, the sample subject that comes with the project."""
+class _ScoredOptions:
+    """What is scored."""
 
-    store: str = "~/dreambooth-store"
-    """Subject store: a folder, or a URI such as s3://bucket/store."""
-    subject: str | None = None
+    subject: Annotated[str | None, shown("the sample subject", "NAME")] = None
     """The subject's name in the store."""
-    images: tuple[str, ...] = ()
-    """Its photos, against which its pictures are held: a folder, glob, file or URI, or several of them."""
-    manifest: str | None = None
-    """Many subjects: a YAML file, or a folder with one folder a subject. Takes the place of the two options above."""
+    images: Annotated[tuple[str, ...], shown("the sample subject's", "PATH ...")] = ()
+    """Its photos, which its pictures are compared with: a folder, glob, file or URI, or several of them."""
+    manifest: Annotated[str | None, shown("", "PATH")] = None
+    """Many subjects: a YAML file, or a folder with one folder a subject. Takes the place of --subject and --images."""
     versions: Literal["newest", "all"] = "newest"
     """Which of a subject's versions."""
-    prompts: tuple[str, ...] = ()
-    """Prompts with {subject}. By default DreamBench's 25 for objects or for live subjects."""
+    store: Annotated[str, shown("~/dreambooth-store", "FOLDER|URI")] = "~/dreambooth-store"
+    """Subject store: a folder, or a URI such as s3://bucket/store."""
+
+
+@dataclass(frozen=True)
+class _PictureOptions:
+    """The pictures."""
+
+    prompts: Annotated[tuple[str, ...], shown("DreamBench's 25, for objects or for live subjects", "PROMPT ...")] = ()
+    """Prompts with {subject}."""
     images_a_prompt: int = 4
     """Pictures of each prompt; DIV needs two at least."""
     class_images: int = 100
-    """Pictures of "a [class noun]", for PRES; 0 leaves it out."""
-    steps: int | None = None
-    """Sampler steps a picture. By default those of the samples that the version was published with."""
-    guidance: float | None = None
-    """Guidance scale. By default that of these samples."""
-    batch: int | None = None
-    """Pictures drawn at once. By default those of a prompt."""
+    """Pictures of "a [class noun]", for PRES; 0 leaves PRES out."""
+    steps: Annotated[int | None, shown("those of the samples published with the version")] = None
+    """Sampler steps of a picture."""
+    guidance: Annotated[float | None, shown("that of the samples published with the version")] = None
+    """Guidance scale."""
+    batch: Annotated[int | None, shown("--images-a-prompt")] = None
+    """Pictures drawn at once."""
     seed: int = 0
     """All pictures follow from it."""
-    dino: str = Judging.dino
-    """Judge of DINO and PRES: hub id or folder of a ViT."""
-    clip: str = Judging.clip
-    """Judge of CLIP-I and CLIP-T: hub id or folder of a CLIP."""
-    lpips: str | None = None
-    """Judge of DIV: the file that `python -m dreambooth.metrics.lpips FILE` writes. DIV is left out without it."""
-    embedded_judges: bool | None = None
-    """Score by the judges that come with the project, under their names. By default where the embedded backbone is."""
-    workers: int | None = None
-    """Processes at work. By default as many as the cluster has room for."""
+
+
+@dataclass(frozen=True)
+class _JudgeOptions:
+    """The models that score."""
+
+    dino: Annotated[str, shown(Judging.dino, "MODEL")] = Judging.dino
+    """Scores DINO and PRES: hub id or folder of a ViT."""
+    clip: Annotated[str, shown(Judging.clip, "MODEL")] = Judging.clip
+    """Scores CLIP-I and CLIP-T: hub id or folder of a CLIP."""
+    lpips: Annotated[str | None, shown("", "FILE")] = None
+    """Scores DIV: the file that `python -m dreambooth.metrics.lpips FILE` writes. Without it DIV is left out."""
+    embedded_judges: Annotated[bool | None, shown("True where all versions are of the embedded backbone")] = None
+    """Score by the small models that come with the project, under their own names."""
+
+
+@dataclass(frozen=True)
+class _ClusterOptions:
+    """Workers."""
+
+    workers: Annotated[int | None, shown("as many as the cluster has room for")] = None
+    """Processes that draw and score."""
     cpus_per_worker: int = 1
     """CPU cores of a worker."""
-    gpus_per_worker: float | None = None
-    """GPUs of a worker. By default 1 where this machine has a GPU, else 0; set it when only the cluster does."""
-    csv: str | None = None
-    """Write the table to this file too."""
+    gpus_per_worker: Annotated[float | None, shown("1 with a local GPU, else 0")] = None
+    """GPUs of a worker. Give it when the cluster has GPUs and this machine has none."""
+
+
+@dataclass(frozen=True)
+class _OutputOptions:
+    """What is shown and written."""
+
+    csv: Annotated[str | None, shown("", "FILE")] = None
+    """Write the table of scores to this file too."""
     verbose: bool = False
     """Show the logs of Ray and the workers here too."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(_ScoredOptions, _PictureOptions, _JudgeOptions, _ClusterOptions, _OutputOptions):
+    """What is scored, and how. Without images or a manifest, the sample subject that comes with the project."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +153,7 @@ def plan(options: EvaluateOptions) -> EvaluationPlan:
             raise ValueError(f"prompt {template!r} does not name the subject: write {PLACEHOLDER} where it stands")
         fill(template, "dog")
     if options.csv is not None and not Path(options.csv).expanduser().absolute().parent.is_dir():
-        raise ValueError(f"--csv {options.csv} lies in no folder that is there")
+        raise ValueError(f"--csv {options.csv} is in no folder that exists")
     store = SubjectStore(options.store)
     store.check_writable()
     planned: list[PlannedEvaluation] = []
@@ -201,9 +240,9 @@ def _carry_out(options: EvaluateOptions, plan: EvaluationPlan, display: Display)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    options = tyro.cli(
-        EvaluateOptions, args=sys.argv[1:] if arguments is None else arguments, description=__doc__ or ""
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    show_help_if_asked(EvaluateOptions, arguments, __doc__ or "", FIRST)
+    options = read_arguments(EvaluateOptions, arguments)
     display = Display()
     try:
         planned = plan(options)

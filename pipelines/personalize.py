@@ -2,10 +2,17 @@
 
 Runs on a Ray cluster (`ray job submit --working-dir . -- python pipelines/personalize.py ...`), or starts Ray on this
 machine. Without options it personalizes the sample subject on the embedded backbone. Killed and run again, the same
-command goes on where it was. Exit codes: 0 all published, 1 a subject failed, 2 bad input.
+command continues where it stopped. Exit codes: 0 all published, 1 a subject failed, 2 bad input.
 """
 
 from __future__ import annotations
+
+if not __package__:  # run as a script: import from the project's root, not from this folder
+    import os
+    import sys
+
+    folder = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(folder), *(path for path in sys.path if os.path.realpath(path) != folder)]
 
 from pipelines.runtime.console import Display, quiet_libraries
 

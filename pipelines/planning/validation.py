@@ -1,4 +1,4 @@
-"""What can be said of options without looking at a file: numbers out of range, and options that exclude each other."""
+"""Checks of options that need no file: numbers out of range, and options that exclude each other."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from pipelines.planning.options import Options
 
 _POSITIVE = (
     *("resolution", "prior_images", "prior_steps", "prior_workers", "steps", "learning_rate", "batch"),
-    "text_encoder_learning_rate",
-    *(
-        "gradient_accumulation",
-        "min_snr_gamma",
-        "checkpoint_every",
-        "workers",
-        "min_workers",
-        "lanes",
-        "cpus_per_worker",
-    ),
-    *("device_memory", "sample_steps"),
+    *("text_encoder_learning_rate", "gradient_accumulation", "min_snr_gamma", "checkpoint_every", "workers"),
+    *("min_workers", "lanes", "cpus_per_worker", "device_memory", "sample_steps"),
 )
 _NOT_NEGATIVE = (
     *("prior_weight", "weight_decay", "max_grad_norm", "gpus_per_worker", "warmup_steps", "offset_noise", "ema_decay"),
@@ -48,13 +39,13 @@ def check_options(options: Options) -> None:
         super_resolution=options.model.super_resolution is not None,
     )
     if options.model.noise_level is not None and options.model.super_resolution is None:
-        raise ValueError("--noise-level is of the small image in super-resolution: give --super-resolution too")
+        raise ValueError("--noise-level is noise on the small image of super-resolution: give --super-resolution too")
     if options.prior.prior_kind == "teacher":
         _check_teacher(options)
     if options.training.buckets and options.model.super_resolution is not None:
-        raise ValueError("--buckets keeps photos from being square, which --super-resolution enlarges: leave one out")
+        raise ValueError("--buckets leaves photos unsquare, and --super-resolution enlarges squares: leave one out")
     if options.training.buckets and options.training.compile:
-        raise ValueError("--buckets shows photos in many shapes, and --compile makes code for one: leave one out")
+        raise ValueError("--buckets trains in many shapes, and --compile compiles for one: leave one out")
     if (values["gpus_per_worker"] or 0) > 1:
         raise ValueError("--gpus-per-worker must be at most 1: a worker drives one device, so raise --workers instead")
 
@@ -66,4 +57,4 @@ def _check_teacher(options: Options) -> None:
         (not find_method(options.training.method).preserves_prior, f"--method {options.training.method}"),
     ):
         if given:
-            raise ValueError(f"--prior-kind teacher is of a prior term, and {name} trains without: leave one out")
+            raise ValueError(f"--prior-kind teacher needs a prior term, and {name} trains without one: leave one out")

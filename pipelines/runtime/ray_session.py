@@ -26,7 +26,7 @@ def ray_session(lane: WorkerGroup, verbose: bool) -> Iterator[str]:
 
     Yields a line that tells which, and where the logs are. Raises ValueError when a cluster of our own is too small.
     """
-    with contextlib.nullcontext("this terminal") if verbose else _stderr_to_file() as log:
+    with contextlib.nullcontext("this terminal") if verbose else _stderr_to_file() as log, _path_of_workers():
         context = ray.init(
             # Left to itself Ray also tries the cluster last started here, and waits for minutes when it is gone.
             address=None if _joins_a_cluster() else "local",
@@ -56,6 +56,20 @@ def _stderr_to_file() -> Iterator[str]:
         sys.stderr.flush()
         os.dup2(terminal, 2)
         os.close(terminal)
+
+
+@contextmanager
+def _path_of_workers() -> Iterator[None]:
+    """Let workers of a Ray that is started here import the project from where this process does, in any folder."""
+    before = os.environ.get("PYTHONPATH")
+    root = str(Path(pipelines.__file__ or "").parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _joins_a_cluster() -> bool:

@@ -247,7 +247,7 @@ def test_readme_shows_the_job_for_each_way():
 def test_options_exist():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     shown = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, str(SCRIPT), "--help-all"], env=environment, capture_output=True, text=True, check=True
     ).stdout
     options = set(re.findall(r"--[a-z][a-z0-9-]*", shown))
     for where, arguments in commands().items():

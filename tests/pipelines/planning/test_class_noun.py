@@ -26,8 +26,8 @@ def test_it_is_found_printed_with_its_score_and_overridden(
     pictures = [image.pixels() for image in load_subject("mug", str(photos), "any").images]
     found = find_class_noun(ClipJudge(small_clip), pictures)
     assert main(arguments) == 0
-    text = capsys.readouterr().out
-    assert f"class noun    {found}; --class-noun overrides it" in text
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"class noun {found}; --class-noun overrides it" in text
     assert f"class 'a {found.noun}'" in text
     assert all(f"'{noun}' {score:.2f}" in text for noun, score in found.runners_up)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipelines.planning.options import Options, parse
+from dreambooth.backbones import PRESETS
+from dreambooth.methods import METHODS
+from pipelines.planning.command_line import groups, in_words
+from pipelines.planning.options import BY_BACKBONE, FIRST, Options, parse
 
 
 def test_without_arguments_all_options_have_defaults() -> None:
@@ -74,12 +78,70 @@ def test_a_mistake_on_the_command_line_is_named(
     assert named in capsys.readouterr().err
 
 
-def test_help_names_every_option_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_:
-        parse(["--help"], "")
+        parse(arguments, "Does it.\n\nAnd more.")
     assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    for name in Options().as_dict():
-        assert f"--{name.replace('_', '-')}" in text
-    for group in ("subject", "model", "prior", "training", "cluster", "samples", "run"):
-        assert f"{group} options" in text
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_whole_help_names_every_option_in_groups(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = shown(capsys, "--help-all")
+    assert re.findall(r"^  --([a-z-]+)", text, re.MULTILINE) == [
+        option.name.replace("_", "-") for _, group in groups(Options) for option in group
+    ]
+    assert {option.name for _, group in groups(Options) for option in group} == Options().as_dict().keys()
+    for heading in ("The subject", "The backbone", "Optimization", "Workers and memory", "The run"):
+        assert f"\n{heading}:\n" in text
+    assert "And more." in text
+    assert "None" not in text
+    assert max(map(len, text.splitlines())) <= columns
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_short_and_says_where_the_rest_is(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    text = shown(capsys, "--config", "nowhere.yaml", flag)
+    assert re.findall(r"^  --([a-z-]+)", text, re.MULTILINE) == [name.replace("_", "-") for name in FIRST]
+    assert f"These are 10 of {len(Options().as_dict())} options; --help-all shows all." in text
+    assert "Does it." in text
+    assert "And more." not in text
+    assert "None" not in text
+
+
+def test_help_tells_the_defaults_of_every_backbone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    words = " ".join(shown(capsys, "--help-all").split())
+    for option, name in BY_BACKBONE.items():
+        told = words.partition(f"--{option.replace('_', '-')} ")[2].partition("(default: ")[2].partition(")")[0]
+        for backbone, preset in PRESETS.items():
+            value = in_words(getattr(preset, name))
+            assert re.search(rf"\b{backbone}(, [a-z-]+)* {re.escape(value)}(;|$)", told), (option, backbone)
+    assert "by this machine" not in words
+    assert "(default: bf16 on GPUs, fp32 on CPUs)" in words
+
+
+def test_errors_say_nothing_of_none_either(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--precision", "int8"], ["--steps", "three"], ["--stepps", "3"], ["--zero-stage", "None"]):
+        with pytest.raises(SystemExit):
+            parse(arguments, "")
+        error = capsys.readouterr().err
+        assert arguments[0][:6] in error
+        assert "None" not in error.replace("'None'", "")
+
+
+def test_methods_are_those_that_are_registered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"--method {'|'.join(METHODS)}" in shown(capsys, "--help-all")
+    settings = parse(["--method", "x", "--method-settings", "rank=8", "scale=0.5"], "").training
+    assert settings.method_settings == ("rank=8", "scale=0.5")
+
+
+def test_a_value_of_null_in_a_file_is_an_option_that_was_not_given(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: null\nimages: [a]\n")
+    assert parse(["--config", str(path)], "").training.steps is None

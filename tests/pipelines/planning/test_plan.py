@@ -23,8 +23,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     store = tmp_path / "store"
     arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(small_sdxl), "--store", str(store)]
     assert main([*arguments, "--prior-images", "10", "--zero-stage", "2", "--dry-run"]) == 0
-    text = capsys.readouterr().out
-    for part in ("identifier", "token ids", "'a mug': 10 wanted, 0 already there, 10 to make", "ZeRO stage 2"):
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("identifier", "token ids", "already there", "'a mug' 10 0 10", "ZeRO stage 2"):
         assert part in text
     for part in ("weights", "gradients", "optimizer states", "activations", "total", "Fits in"):
         assert part in text
