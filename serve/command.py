@@ -1,5 +1,6 @@
-"""`dreambooth serve`: check everything, start Ray Serve in the foreground, and stop it with Ctrl-C or SIGTERM.
+"""Serve the subjects of a store over HTTP, until Ctrl-C.
 
+Everything is checked first; then Ray Serve runs in the foreground, until Ctrl-C or SIGTERM stops it.
 Ray is joined where RAY_ADDRESS or a submitted job says so, or else started on this machine.
 """
 

@@ -1,4 +1,4 @@
-"""Make, list and revoke the keys of a server: `dreambooth keys --help`, or `python -m serve.keys --help`."""
+"""Make, list and revoke the keys of a server."""
 
 from __future__ import annotations
 
