@@ -19,7 +19,6 @@ from pipelines.stages.priors import ClassPriorSampler, generate_priors
 from tests.prior_sets import LANE, assert_whole, open_store, shards, small_sets, undisturbed
 from tests.small_models import write_stable_diffusion
 
-
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
