@@ -146,7 +146,7 @@ def enable_gradient_checkpointing(network: Any) -> None:
     if hasattr(network, "enable_gradient_checkpointing"):
         network.enable_gradient_checkpointing()
     else:
-        network.gradient_checkpointing_enable()
+        network.activation_checkpointing_enable()
     network.train()  # both libraries checkpoint in training mode only
 
 

@@ -99,9 +99,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A Ray instance for one test module; with its dashboard, which Ray Train asks for what runs when it ends."""
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+def local_ray() -> None:
+    """The Ray that test modules share; with its dashboard, which Ray Train asks for what runs when it ends."""
+    if not ray.is_initialized():
+        hook = {"worker_process_setup_hook": "tests.deprecations.raise_at_our_calls"}
+        ray.init(num_cpus=3, log_to_driver=False, logging_level="ERROR", runtime_env=hook)
+
+
+@pytest.fixture(scope="module")
+def no_ray() -> Iterator[None]:
+    """No Ray in this process, for tests of what starts one."""
+    ray.shutdown()
     yield
     ray.shutdown()
 

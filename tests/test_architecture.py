@@ -1,4 +1,4 @@
-"""The direction of the arrows: what may import what."""
+"""The arrows between the folders: what may import what, how long a module may be, and where each is tested."""
 
 from __future__ import annotations
 
@@ -6,19 +6,84 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
+ARROWS = {
+    "dreambooth": {
+        "common": "",
+        "objectives": "common",
+        "subjects": "common",
+        "embedded": "subjects",
+        "backbones": "common objectives embedded",
+        "sampling": "common backbones",
+        "store": "common backbones",
+        "methods": "common objectives backbones",
+        "runs": "common subjects backbones sampling methods",
+        "versions": "common backbones sampling store methods runs",
+        "memory": "subjects backbones methods",
+        "metrics": "common subjects backbones sampling",
+        "embedded.build": "common objectives subjects embedded backbones sampling metrics",
+    },
+    "pipelines": {
+        "runtime": "",
+        "engine": "",
+        "planning": "engine.config",
+        "training": "runtime engine",
+        "stages": "runtime training",
+        "personalize": "runtime planning stages",
+        "evaluate": "runtime planning stages",
+    },
+    "serve": {
+        "config": "",
+        "metrics": "",
+        "request": "",
+        "catalog": "",
+        "api": "metrics request catalog",
+        "engine": "metrics request",
+        "ingress": "config metrics request catalog api",
+        "keys": "api",
+        "app": "config catalog api engine ingress",
+    },
+}
+"""For each folder, or module beside the folders, what it may import of its own package: only what stands above it."""
 
-def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+BELOW = {"dreambooth": (), "pipelines": ("dreambooth",), "serve": ("dreambooth",)}
+"""The packages that a package may import beside itself."""
+
+LONGEST = 330
+"""Lines of a module in `pipelines/`."""
+
+TESTED_IN = {
+    "dreambooth.backbones.precision": "dreambooth/methods/test_textual_inversion.py",
+    "dreambooth.backbones.sdxl": "dreambooth/backbones/test_base.py",
+    "dreambooth.backbones.stable_diffusion": "dreambooth/backbones/test_base.py",
+    "dreambooth.backbones.text": "dreambooth/backbones/test_base.py",
+    "dreambooth.backbones.upscaler": "dreambooth/backbones/test_deepfloyd_if.py",
+}
+"""Where a module, or all those of a folder, are tested that have no test file of their name."""
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def modules(package: str) -> dict[str, Path]:
+    """The package's modules by their full names."""
+    return {name_of(path): path for path in sorted((ROOT / package).rglob("*.py"))}
 
 
 def imported(source: str, module: str) -> Iterator[str]:
-    """The full names that a module's source imports anywhere, in functions too: `a.b` for `from a import b`."""
+    """The full names that a module's source imports anywhere, in functions too: `a.b` for `from a import b`.
+
+    `module` ends in `.__init__` where it is a package.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -32,6 +97,7 @@ def imported(source: str, module: str) -> Iterator[str]:
                 yield str(node.args[0].value)
 
 
+@cache
 def imports_of(path: Path) -> list[str]:
     return list(imported(path.read_text(), ".".join(path.relative_to(ROOT).with_suffix("").parts)))
 
@@ -40,10 +106,16 @@ def within(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
+def place_of(name: str) -> str:
+    """The innermost place of `ARROWS` that a full name lies in; "" for the package itself."""
+    package, _, rest = name.partition(".")
+    return max((place for place in ARROWS[package] if within(rest, place)), key=len, default="")
+
+
 def test_no_import_escapes() -> None:
     source = """
 import ray.data as data, json
-from pipelines import plan
+from pipelines.planning import plan
 def later():
     from ray import train
     import importlib
@@ -59,25 +131,79 @@ def later():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", modules("dreambooth"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_method_imports_no_ray_and_nothing_that_builds_on_it(path: Path) -> None:
-    assert [name for name in imports_of(path) if within(name, "ray", "pipelines", "serve", "tests")] == []
+@pytest.mark.parametrize("package", ARROWS)
+def test_every_place_has_its_line_and_arrows_point_up_the_table_alone(package: str) -> None:
+    places = {name.split(".")[1] for name in modules(package) if "." in name}
+    assert {place.split(".")[0] for place in ARROWS[package]} == places
+    above: list[str] = []
+    for place, allowed in ARROWS[package].items():
+        assert (ROOT / package / place.replace(".", "/")).is_dir() or f"{package}.{place}" in modules(package)
+        assert [arrow for arrow in allowed.split() if place_of(f"{package}.{arrow}") not in above] == []
+        above.append(place)
 
 
-@pytest.mark.parametrize("path", modules("pipelines"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_pipelines_do_not_import_serving(path: Path) -> None:
-    assert [name for name in imports_of(path) if within(name, "serve", "tests")] == []
+@pytest.mark.parametrize("package", ARROWS)
+def test_places_import_what_their_line_allows(package: str) -> None:
+    wrong = []
+    for name, path in modules(package).items():
+        place = place_of(name)
+        allowed = [f"{package}.{one}" for one in (place, *ARROWS[package].get(place, "").split())]
+        for found in imports_of(path):
+            if within(found, package) and place_of(found):
+                # A folder's line is not that of a folder inside it which has one of its own.
+                fits = within(found, *allowed) and place_of(found) in map(place_of, allowed)
+                wrong += [] if fits else [f"{name} imports {found}"]
+    assert wrong == []
 
 
-def test_serving_meets_the_pipelines_in_personalize_alone() -> None:
-    for path in modules("serve"):
-        names = [name for name in imports_of(path) if within(name, "pipelines", "tests")]
-        assert [name for name in names if not within(name, "pipelines.personalize")] == [], path
+@pytest.mark.parametrize("package", ARROWS)
+def test_packages_import_those_below_alone(package: str) -> None:
+    others = {*ARROWS, "tests", *(["ray", "deepspeed"] if package == "dreambooth" else [])}
+    others -= {package, *BELOW[package]}
+    wrong = [f"{name} imports {found}" for name, path in modules(package).items() for found in imports_of(path)
+             if within(found, *others)]  # fmt: skip
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    every = {name: path for package in ARROWS for name, path in modules(package).items()}
+
+    def module(name: str) -> str:
+        while name not in every:
+            name = name.rpartition(".")[0]
+        return name
+
+    found = {
+        name: {module(one) for one in imports_of(path) if within(one, *ARROWS)} - {name} for name, path in every.items()
+    }
+    assert sum(map(len, found.values())) > len(every)
+    list(TopologicalSorter(found).static_order())  # CycleError names those of a circle
+
+
+@pytest.mark.parametrize("path", modules("pipelines").values(), ids=name_of)
+def test_modules_of_the_jobs_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_every_module_has_a_test_file_of_its_name_or_is_listed_with_the_one_that_tests_it() -> None:
+    used, missing = set(), []
+    for package in ARROWS:
+        for name, path in modules(package).items():
+            if path.name == "__init__.py" and len(ast.parse(path.read_text()).body) == 1:
+                continue  # a docstring
+            *parents, last = path.relative_to(ROOT).with_suffix("").parts
+            if (ROOT / "tests").joinpath(*parents, f"test_{last.strip('_')}.py").exists():
+                continue
+            listed = [entry for entry in TESTED_IN if within(name, entry)]
+            used |= set(listed)
+            missing += [] if listed else [name]
+    assert missing == []
+    assert set(TESTED_IN) - used == set(), "lines that are not needed"
+    assert [file for file in TESTED_IN.values() if not (ROOT / "tests" / file).exists()] == []
 
 
 def test_the_whole_method_can_be_imported_without_ray() -> None:
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules("dreambooth")]
-    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    names = [name for name in modules("dreambooth") if not name.endswith("__main__")]
     assert "dreambooth.store" in names
     program = f"""
 import importlib, sys

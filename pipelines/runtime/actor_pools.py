@@ -7,11 +7,13 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dreambooth.runs import WorkerGroup
+from pipelines.runtime.starts import Starts
 
 _DEATHS = 20
-"""How often an actor's process or node may die: what dies at every start must end the run, not keep it for ever."""
+"""How often the actors of a pool may die, for each of them: what dies at every start must end the run."""
 
 
 def pool_size(lane: WorkerGroup, rows: int, wanted: int | None = None) -> int:
@@ -40,8 +42,11 @@ def map_on_actors(
 
     `calls` rows are in an actor's hands at a time, in threads.
     """
+    # Ray Data restarts for ever what has died. The count lives with the driver: a lost node must not take it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    starts = ray.remote(Starts).options(num_cpus=0, scheduling_strategy=here).remote(size * (1 + _DEATHS))
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(
-        actor,
+        _mortal(actor, starts),
         fn_constructor_args=arguments,
         compute=ActorPoolStrategy(
             size=size,
@@ -51,8 +56,17 @@ def map_on_actors(
         ),
         num_cpus=lane.cpus_per_worker,
         num_gpus=lane.gpus_per_worker or None,
-        max_restarts=_DEATHS,
-        max_task_retries=-1,  # each attempt to reach a node that is gone counts as one
     )
     dataset.set_name(name)
     yield from dataset.iter_rows()
+
+
+def _mortal(actor: type, starts: Any) -> type:
+    """The class `actor`, of which no more are started than `starts` allows."""
+
+    def begin(self: Any, *arguments: Any) -> None:
+        if not ray.get(starts.one_more.remote()):
+            raise RuntimeError(f"{actor.__name__}: its processes or nodes died too often; see their logs")
+        actor.__init__(self, *arguments)  # type: ignore[misc]
+
+    return type(actor.__name__, (actor,), {"__init__": begin})

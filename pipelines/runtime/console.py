@@ -18,13 +18,16 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def quiet_libraries() -> None:
-    """Keep the notices of the libraries below off the terminal. Call it before they are imported."""
+    """Keep the notices of the libraries below off the terminal. Call it before they are imported.
+
+    Warnings that Python was asked for, as by `python -W`, are still given.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", append=True)
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported.

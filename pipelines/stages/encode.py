@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from PIL import Image
-from ray.data import ActorPoolStrategy
 from safetensors.torch import save_file
 
 from dreambooth.backbones import Backbone
@@ -22,6 +20,7 @@ from dreambooth.sampling.sampler import to_pixels
 from dreambooth.store import SubjectStore
 from dreambooth.subjects.crops import Size, View, views
 from dreambooth.subjects.photos import Subject
+from pipelines.runtime.actor_pools import map_on_actors
 from pipelines.runtime.console import Display
 from pipelines.training.training_set import location_of
 
@@ -34,16 +33,9 @@ def encode_training_sets(
     with display.progress("encode", len(planned), "subjects", done=len(planned) - len(missing)) as line:
         if not missing:
             return
-        done = ray.data.from_items(
-            [{"planned": pickle.dumps(one)} for one in missing], override_num_blocks=len(missing)
-        ).map(
-            TrainingSetEncoder,
-            fn_constructor_args=(store.root.uri,),
-            compute=ActorPoolStrategy(size=min(lane.workers, len(missing))),
-            num_cpus=lane.cpus_per_worker,
-            num_gpus=lane.gpus_per_worker or None,
-        )
-        for row in done.iter_rows():
+        rows = [{"planned": pickle.dumps(one)} for one in missing]
+        size = min(lane.workers, len(missing))
+        for row in map_on_actors("encode", rows, TrainingSetEncoder, (store.root.uri,), lane, size):
             line.advance(note=row["subject"])
 
 

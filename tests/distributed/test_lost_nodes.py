@@ -31,7 +31,7 @@ TRIALS = 3
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(no_ray: None) -> Iterator[Cluster]:
     """A head for the driver, without room for workers; two nodes with room for one each."""
     with without_tokens():
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

@@ -36,7 +36,7 @@ def expected(small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Expe
 
 
 @pytest.fixture(scope="module")
-def cluster(bucket: Location, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(no_ray: None, bucket: Location, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head without cores for the drivers, and two nodes with a core each, which can reach the bucket."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # copies of remote backbones are kept there

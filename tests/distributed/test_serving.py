@@ -19,7 +19,7 @@ REPLICA, INGRESS = "ServeReplica:default:subjects", "ServeReplica:default:Ingres
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_ray() -> Iterator[None]:
+def own_ray(no_ray: None) -> Iterator[None]:
     ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR")
     yield
     serve.shutdown()

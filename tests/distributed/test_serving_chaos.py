@@ -32,7 +32,7 @@ def subjects(small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Subj
 
 
 @pytest.fixture
-def own_ray() -> Iterator[None]:
+def own_ray(no_ray: None) -> Iterator[None]:
     ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR")
     yield
     serve.shutdown()
@@ -77,7 +77,7 @@ def test_deploying_again_fails_no_request(subjects: Subjects, own_ray: None) -> 
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(no_ray: None) -> Iterator[Cluster]:
     """A head with room for one replica; a test adds nodes."""
     with without_tokens():
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -20,7 +20,7 @@ REPLICA = "ServeReplica:default:subjects"
 
 
 @pytest.fixture
-def own_ray() -> Iterator[None]:
+def own_ray(no_ray: None) -> Iterator[None]:
     ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR")
     yield
     serve.shutdown()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import pickle
 import traceback
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from pipelines.training.train_step import train_step
 from pipelines.training.training_set import location_of
 from tests.pipelines.engines import process_group
 from tests.prior_sets import undisturbed
+from tests.ranks import fork_server
 
 STEPS = 6
 """Updates of a case. One more is done after its weights are kept, so that they have a loss too."""
@@ -100,12 +100,12 @@ class TwoRanks:
 
     def __init__(self, folder: Path) -> None:
         """Start them."""
-        context = multiprocessing.get_context("spawn")
+        context = fork_server()
         self._work = [context.Queue() for _ in range(2)]
         self._done: Queue[str] = context.Queue()
         self._ranks = [context.Process(target=_rank, args=(r, folder, self._work[r], self._done)) for r in range(2)]
         for process in self._ranks:
-            process.build_engine()
+            process.start()
 
     def train(self, run: RunSpec, store: Path, folder: Path) -> None:
         """Train in both; AssertionError, with the traceback, when one fails."""

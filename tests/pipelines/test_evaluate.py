@@ -63,7 +63,7 @@ def table(shown: str) -> list[str]:
 
 
 def test_versions_are_drawn_scored_and_shown_and_nothing_is_done_twice(
-    versions: Versions, options: EvaluateOptions, photos: Path, tmp_path: Path,
+    no_ray: None, versions: Versions, options: EvaluateOptions, photos: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     store, made = versions

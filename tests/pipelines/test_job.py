@@ -20,6 +20,8 @@ import pytest
 from dreambooth.store import SubjectStore
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -67,7 +69,8 @@ def ray_job(environment: dict[str, str], *arguments: str) -> subprocess.Complete
 
 def test_a_submitted_job_succeeds_and_its_log_is_calm(cluster: dict[str, str], tmp_path: Path) -> None:
     entrypoint = (
-        f"python pipelines/personalize.py --store {tmp_path} --steps 10 --prior-images 8 --sample-prompts {{subject}}"
+        f"python pipelines/personalize.py --store {tmp_path} --steps 10 --prior-images 8 --prior-steps 4 "
+        "--sample-prompts {subject} --sample-steps 4"
     )
     job = ["--submission-id", "sample-subject", "--working-dir", "."]
     submitted = ray_job(cluster, "submit", *job, "--", *entrypoint.split())

@@ -21,7 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dreambooth.store import SubjectStore, Version
 from dreambooth.versions.pipeline import VersionPipeline, published_samplers
+from pipelines.personalize import main
 from tests.conftest import ROOT
+from tests.pipelines.whole_run import WholeRun
+
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 SHORT = "--steps 6 --batch 2 --workers 2 --prior-images 4 --prior-batch 4 --prior-steps 3 --sample-steps 3"
 
@@ -79,14 +83,12 @@ def changed(backbone: Path, version: Version, component: str) -> list[bool]:
 
 
 def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
-    photos: Path, small_stable_diffusion: Path, tmp_path: Path
+    undisturbed_run: WholeRun, small_stable_diffusion: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--images", photos, "--class-noun", "mug", "--backbone", small_stable_diffusion, "--store", tmp_path]
-    done = personalize(*arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 published, 0 failed" in done.stdout
-    assert f"serve run serve.app:app without_keys=true store={tmp_path}" in done.stdout
-    [version] = SubjectStore(tmp_path).versions("mug")
+    store, said = undisturbed_run.store, undisturbed_run.output
+    assert "1 published, 0 failed" in said
+    assert f"serve run serve.app:app without_keys=true store={store}" in said
+    [version] = SubjectStore(store).versions("mug")
     assert version.components == ["unet"]
     assert all(changed(small_stable_diffusion, version, "unet"))
     for number in (0, 3):
@@ -95,20 +97,19 @@ def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
         assert np.array_equal(redrawn(version, number), published_sample(version, number))
     assert version.location.local is not None
     assert Image.open(version.location.local / "contact_sheet.png").width > 1000
-    [events] = tmp_path.glob("runs/*/tensorboard/events.*")
+    [events] = store.glob("runs/*/tensorboard/events.*")
     seen = EventAccumulator(str(events.parent)).Reload()
     steps = version.manifest["run"]["training"]["steps"]
     losses = ("loss/instance", "loss/prior")
     for measure in (*losses, "gradient_norm", "learning_rate", "samples_per_second", "memory_gib"):
         assert [point.step for point in seen.Scalars(measure)] == list(range(1, steps + 1))
         assert all(point.value > 0 for point in seen.Scalars(measure))
-    again = personalize(*arguments)
-    assert again.returncode == 0
-    assert "is published already: nothing to do" in again.stdout
+    assert main(undisturbed_run.arguments) == 0
+    assert "is published already: nothing to do" in capsys.readouterr().out
     # What the libraries below have to say goes to files.
-    assert done.stderr == ""
-    assert "INFO" not in done.stdout
-    assert "WARNING" not in done.stdout
+    assert undisturbed_run.errors == ""
+    assert "INFO" not in said
+    assert "WARNING" not in said
 
 
 @pytest.mark.slow
@@ -189,16 +190,14 @@ def manifest(dreambench: Path, tmp_path: Path) -> Path:
 
 
 def test_in_a_manifest_a_subject_with_a_corrupt_photo_leaves_the_others_alone(
-    manifest: Path, small_sdxl: Path, tmp_path: Path
+    manifest: Path, small_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = SubjectStore(tmp_path / "store")
-    done = personalize(
-        *("--manifest", manifest, "--backbone", small_sdxl, "--store", store.root),
-        *("--train-text-encoder", "--sample-prompts", "{subject} in the snow"),
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "2 published, 1 failed  backpack" in done.stdout
-    assert "02.jpg" in done.stdout
+    arguments = ["--manifest", manifest, "--backbone", small_sdxl, "--store", store.root, "--train-text-encoder"]
+    assert main([*map(str, arguments), "--sample-prompts", "{subject} in the snow", *SHORT.split()]) == 1
+    said = capsys.readouterr().out
+    assert "2 published, 1 failed  backpack" in said
+    assert "02.jpg" in said
     assert store.versions("backpack") == []
     identifiers = set()
     for subject in ("dog", "sneaker"):
@@ -214,9 +213,10 @@ def test_in_a_manifest_a_subject_with_a_corrupt_photo_leaves_the_others_alone(
     assert len(identifiers) == 2
 
 
-def test_more_workers_than_this_machine_has_is_bad_input(photos: Path, small_sdxl: Path, tmp_path: Path) -> None:
+def test_more_workers_than_this_machine_has_is_bad_input(
+    photos: Path, small_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--images", photos, "--class-noun", "mug", "--backbone", small_sdxl, "--store", tmp_path]
-    done = personalize(*arguments, "--cpus-per-worker", "1000")
-    assert done.returncode == 2
-    assert "--workers 2 needs 2000 CPUs" in done.stderr
+    assert main([*map(str, arguments), "--cpus-per-worker", "1000", *SHORT.split()]) == 2
+    assert "--workers 2 needs 2000 CPUs" in capsys.readouterr().err
     assert list(tmp_path.glob("*/*/*")) == []

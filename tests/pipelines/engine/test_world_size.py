@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dreambooth.runs import RunSpec
 from dreambooth.store import SubjectStore
 from pipelines.planning.options import parse
 from pipelines.planning.plan import make_plan
-from pipelines.runtime.console import Display
-from pipelines.stages.encode import encode_training_sets
-from pipelines.stages.priors import generate_priors
+from pipelines.stages.encode import TrainingSetEncoder
 from pipelines.training.checkpoints import final_checkpoint, last_checkpoint
 from pipelines.training.trainer import Worker
 from pipelines.training.training_set import location_of
+from tests.prior_sets import undisturbed
+from tests.ranks import run_ranks
 
 STEPS, EVERY = 9, 3
 Losses = dict[int, tuple[float, float]]
@@ -35,9 +36,7 @@ class Lost(Exception):
 
 
 @pytest.fixture(scope="module")
-def prepared(
-    local_ray: None, photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SubjectStore, RunSpec]:
+def prepared(photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SubjectStore, RunSpec]:
     """A run for three workers on a small SDXL, whose training set is in the store."""
     arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(small_sdxl), "--steps", str(STEPS)]
     arguments += ["--store", str(tmp_path_factory.mktemp("world")), "--prior-images", "4", "--prior-batch", "4"]
@@ -46,9 +45,8 @@ def prepared(
     [planned] = plan.subjects
     assert planned.run.prior is not None
     plan.store.add_backbone(plan.backbone)
-    lane = replace(planned.run.lane, workers=1)
-    generate_priors(plan.store, [(planned.run.prior, 4)], lane, Display())
-    encode_training_sets(plan.store, [planned], lane, Display())
+    undisturbed(plan.store, [planned.run.prior], 4)
+    TrainingSetEncoder(plan.store.root.uri)({"planned": pickle.dumps(planned)})
     return plan.store, planned.run
 
 
@@ -65,7 +63,7 @@ def train(rank: int, world: int, meeting: Path, store: SubjectStore, run: RunSpe
         if first > until:
             dist.barrier()
             while (last := last_checkpoint(store, run)) is None or last.step < until:
-                pass
+                time.sleep(0.01)
             raise Lost
 
     try:
@@ -88,7 +86,7 @@ def trained_by(prepared: tuple[SubjectStore, RunSpec], tmp_path: Path) -> Traine
             name = f"{zero_stage}-{'-'.join(map(str, worlds))}-{number}"
             until = EVERY * (number + 1) if number + 1 < len(worlds) else STEPS
             arguments = (world, tmp_path / name, store, run, until, tmp_path / f"{name}.pt")
-            mp.spawn(train, arguments, nprocs=world)
+            run_ranks(train, arguments, world)
             for step, loss in torch.load(tmp_path / f"{name}.pt").items():
                 losses[step] = loss
         final = final_checkpoint(store, run)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,12 +19,7 @@ from pipelines.stages.priors import ClassPriorSampler, generate_priors
 from tests.prior_sets import LANE, assert_whole, open_store, shards, small_sets, undisturbed
 from tests.small_models import write_stable_diffusion
 
-
-@pytest.fixture(scope="module", autouse=True)
-def three_cores() -> Iterator[None]:
-    ray.init(num_cpus=3, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def modified(store: SubjectStore) -> dict[Path, int]:
@@ -138,7 +131,7 @@ def test_poisoned_shards_are_named_retried_alone_and_reported(
         assert shards(store.root, prior) == undisturbed(clean, [prior], 6)[prior.key]
 
 
-def test_the_pool_takes_what_the_cluster_has() -> None:
+def test_the_pool_takes_what_the_cluster_has() -> None:  # three cores
     assert pool_size(LANE, 10) == 3
     assert pool_size(LANE, 2) == 2
     assert [pool_size(LANE, 10, 7), pool_size(LANE, 2, 7)] == [7, 2]

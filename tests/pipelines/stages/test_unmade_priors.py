@@ -12,6 +12,7 @@ from pipelines.personalize import main
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_ray")
 def test_the_subject_fails_and_says_which_images_could_not_be_made(
     photos: Path, small_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

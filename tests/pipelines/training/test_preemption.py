@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution import context
@@ -37,6 +36,7 @@ from pipelines.training.preemption import (
 from pipelines.training.trainer import Worker
 from pipelines.training.training_set import location_of
 from tests.prior_sets import undisturbed
+from tests.ranks import run_ranks
 
 STEPS, EVERY = 16, 100
 
@@ -93,7 +93,7 @@ def test_a_signal_is_followed_by_all_ranks_together_and_leaves_no_trace(
 
     def trained(run: RunSpec, told: str) -> tuple[int, int, bool]:
         location_of(store, run).write_bytes(location_of(store, base).read_bytes())
-        mp.spawn(train, (tmp_path / f"meeting-{told}", store, run, told, tmp_path / told), nprocs=2)
+        run_ranks(train, (tmp_path / f"meeting-{told}", store, run, told, tmp_path / told), 2)
         return tuple(json.loads((tmp_path / told).read_text()))
 
     # Other samples of the finished model make them runs of their own; what is trained is the same.

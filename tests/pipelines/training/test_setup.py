@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import pipelines.training.setup
@@ -26,6 +25,7 @@ from pipelines.training.trainer import Worker
 from pipelines.training.training_set import location_of
 from tests.pipelines.engines import process_group
 from tests.pipelines.matrix import Case, prepare
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def on_two_hosts(rank: int, folder: Path) -> None:
 
 
 def test_one_rank_of_each_host_reads_and_the_others_are_given(tmp_path: Path) -> None:
-    mp.spawn(on_two_hosts, (tmp_path,), nprocs=3)
+    run_ranks(on_two_hosts, (tmp_path,), 3)
 
 
 # -- what they start with ----------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def started(rank: int, folder: Path, stores: list[Path], run: RunSpec) -> None:
 def test_ranks_that_read_nothing_start_with_the_base_weights(
     prepared: tuple[Path, RunSpec], stores: list[Path], tmp_path: Path
 ) -> None:
-    mp.spawn(started, (tmp_path, stores, prepared[1]), nprocs=2)
+    run_ranks(started, (tmp_path, stores, prepared[1]), 2)
 
 
 # -- a lane ------------------------------------------------------------------------------------------------------------
@@ -171,6 +171,6 @@ def test_a_lane_reads_each_network_once_for_all_its_ranks_and_runs(
     ]
     for run in runs:
         location_of(store, run).write_bytes(location_of(store, base).read_bytes())
-    mp.spawn(a_lane, (tmp_path, stores, runs), nprocs=2)
+    run_ranks(a_lane, (tmp_path, stores, runs), 2)
     first, second = (found.read() for run in runs if (found := final_checkpoint(store, run)) is not None)
     assert any(not torch.equal(first[name], second[name]) for name in first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from dreambooth.store import SubjectStore
 from pipelines.planning.options import parse
 from pipelines.planning.plan import make_plan
 from pipelines.runtime.console import Display
-from pipelines.stages.encode import encode_training_sets
+from pipelines.stages.encode import TrainingSetEncoder
 from pipelines.stages.finetune import finetune
-from pipelines.stages.priors import generate_priors
 from pipelines.training.batches import Batches
 from pipelines.training.checkpoints import final_checkpoint
 from pipelines.training.train_step import step_loss
 from pipelines.training.training_set import location_of
+from tests.prior_sets import undisturbed
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -37,9 +38,7 @@ class Engine(Trainable):
 
 
 @pytest.fixture(scope="module")
-def prepared(
-    local_ray: None, photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SubjectStore, RunSpec]:
+def prepared(photos: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SubjectStore, RunSpec]:
     """A run with buckets and a teacher, whose class-prior images and training set are in the store."""
     arguments = ["--images", str(photos), "--class-noun", "mug", "--backbone", str(small_sdxl), "--steps", "4"]
     arguments += ["--store", str(tmp_path_factory.mktemp("passes")), "--prior-images", "4", "--prior-batch", "4"]
@@ -48,8 +47,8 @@ def prepared(
     [planned] = plan.subjects
     assert planned.run.prior is not None
     plan.store.add_backbone(plan.backbone)
-    generate_priors(plan.store, [(planned.run.prior, 4)], planned.run.lane, Display())
-    encode_training_sets(plan.store, [planned], planned.run.lane, Display())
+    undisturbed(plan.store, [planned.run.prior], 4)
+    TrainingSetEncoder(plan.store.root.uri)({"planned": pickle.dumps(planned)})
     return plan.store, planned.run
 
 
