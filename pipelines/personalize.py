@@ -111,7 +111,6 @@ def _rounds(
 def _train_round(plan: Plan, part: Sequence[PlannedSubject], display: Display) -> Iterator[Outcome]:
     from pipelines.stages.finetune import finetune
     from pipelines.stages.publish import publish
-    from pipelines.training.checkpoints import checkpoint_folder, final_checkpoint
 
     store, chosen = plan.store, plan.options
     failures: dict[str, str] = {}
@@ -134,14 +133,11 @@ def _train_round(plan: Plan, part: Sequence[PlannedSubject], display: Display) -
             yield Outcome(run.subject, None, failures[run.subject])
             continue
         try:
-            checkpoints = [final_checkpoint(store, stage) for stage in run.cascade]
-            version = publish(store, planned, [found for found in checkpoints if found is not None], display)
+            version = publish(store, planned, display)
         except Exception as error:  # whatever it is, it must not take the other subjects down
             traceback.print_exc()
             yield Outcome(run.subject, None, f"{_reason(error)} (traceback in the log)")
         else:
-            for stage in run.cascade:
-                checkpoint_folder(store, stage).delete()
             yield Outcome(run.subject, version)
 
 

@@ -46,7 +46,7 @@ def map_on_actors(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     starts = ray.remote(Starts).options(num_cpus=0, scheduling_strategy=here).remote(size * (1 + _DEATHS))
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(
-        _mortal(actor, starts),
+        _with_bounded_starts(actor, starts),
         fn_constructor_args=arguments,
         compute=ActorPoolStrategy(
             size=size,
@@ -61,7 +61,7 @@ def map_on_actors(
     yield from dataset.iter_rows()
 
 
-def _mortal(actor: type, starts: Any) -> type:
+def _with_bounded_starts(actor: type, starts: Any) -> type:
     """The class `actor`, of which no more are started than `starts` allows."""
 
     def begin(self: Any, *arguments: Any) -> None:

@@ -25,19 +25,27 @@ from dreambooth.store import SubjectStore, Version
 from dreambooth.subjects.photos import Subject
 from dreambooth.versions.pipeline import SUPER_RESOLUTION, VersionPipeline, trained_content
 from pipelines.runtime.console import Display, ProgressLine
-from pipelines.training.checkpoints import Checkpoint
+from pipelines.training.checkpoints import Checkpoint, checkpoint_folder, final_checkpoint
 from pipelines.training.run_queue import TRIES
 
 _PRIORS_SHOWN = 6
 
 
-def publish(
+def publish(store: SubjectStore, planned: PlannedSubject, display: Display) -> Version:
+    """Draw the sample prompts with the trained weights, publish everything, and remove the checkpoints.
+
+    A process or node that dies is replaced, as in training.
+    """
+    checkpoints = [found for stage in planned.run.cascade if (found := final_checkpoint(store, stage)) is not None]
+    version = _draw_and_publish(store, planned, checkpoints, display)
+    for stage in planned.run.cascade:
+        checkpoint_folder(store, stage).delete()
+    return version
+
+
+def _draw_and_publish(
     store: SubjectStore, planned: PlannedSubject, checkpoints: Sequence[Checkpoint], display: Display
 ) -> Version:
-    """Draw the sample prompts with the trained weights and publish everything as the run's version.
-
-    `checkpoints` has one for each of the run's stages. A process or node that dies is replaced, as in training.
-    """
     run = planned.run
     device = {"num_cpus": run.lane.cpus_per_worker, "num_gpus": run.lane.gpus_per_worker or None}
     with display.progress("sample", len(run.sample_prompts), "images") as line:

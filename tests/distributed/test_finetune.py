@@ -116,8 +116,7 @@ def test_a_publisher_that_dies_is_replaced(prepared: tuple[SubjectStore, Planned
     store, planned = prepared
     [run] = variants(store, planned.run, 0, ["published"])
     assert finetune(store, [run], EVERY, Display()) == {}
-    checkpoint = final_checkpoint(store, run)
-    assert checkpoint is not None
+    assert final_checkpoint(store, run) is not None
 
     def kill_one() -> None:
         while not (drawing := processes("_Publisher.draw")):
@@ -126,6 +125,6 @@ def test_a_publisher_that_dies_is_replaced(prepared: tuple[SubjectStore, Planned
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    version = publish(store, replace(planned, run=run), [checkpoint], Display())
+    version = publish(store, replace(planned, run=run), Display())
     killer.join()
     assert (version.id, len(version.manifest["samples"])) == (run.version, len(run.sample_prompts))
