@@ -124,7 +124,7 @@ def _print_help(shown: Iterable[tuple[str, list[Option]]], description: str, foo
     console = Console(file=sys.stdout, soft_wrap=True)
     for line in [*lines, *(["", footer] if footer else [])]:
         text = Text(line)
-        text.highlight_regex(r"^ +--[a-z-]+|^[A-Z][^.]*:$", "bold")
+        text.highlight_regex(r"^  --[a-z-]+|^[A-Z][^.]*:$", "bold")
         console.print(text)
 
 
