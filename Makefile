@@ -6,7 +6,7 @@ BIN     := $(VENV)/bin
 STORE   ?= demo-store
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-fast test-slow lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: $(INSTALLED)  ## personalize the sample subject on the embedded backbone, 
 
 test: $(INSTALLED)  ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not slow"
+
+test-fast: $(INSTALLED)  ## those of them that start no processes and run no networks for long: about a minute
+	$(BIN)/python -m pytest -m "not slow and not processes and not networks"
 
 test-slow: $(INSTALLED)  ## the rest of the tests: minutes each
 	$(BIN)/python -m pytest -m slow
