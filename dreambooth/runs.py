@@ -73,12 +73,18 @@ class Training:
 
 
 @dataclass(frozen=True)
-class WorkerGroup:
-    """The worker group that trains: its size and how ZeRO shards over it. Part of the arithmetic, down to rounding."""
+class Resources:
+    """How many processes work side by side, and what each is given; on the CPU its cores are its threads too."""
 
     workers: int
     cpus_per_worker: int
     gpus_per_worker: float
+
+
+@dataclass(frozen=True)
+class WorkerGroup(Resources):
+    """The worker group that trains, and how ZeRO shards over it. Part of the arithmetic, down to rounding."""
+
     zero_stage: int
     offload: str
     deepspeed: dict[str, Any] = field(default_factory=dict)

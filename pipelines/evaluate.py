@@ -31,7 +31,7 @@ from dreambooth.backbones import open_backbone  # noqa: E402
 from dreambooth.embedded import sample_subject  # noqa: E402
 from dreambooth.metrics.evaluation_set import EvaluationSet  # noqa: E402
 from dreambooth.metrics.scores import Judging  # noqa: E402
-from dreambooth.runs import WorkerGroup  # noqa: E402
+from dreambooth.runs import Resources  # noqa: E402
 from dreambooth.store import SubjectStore, Version  # noqa: E402
 from dreambooth.subjects.manifest import SubjectSpec, load_manifest  # noqa: E402
 from dreambooth.subjects.prompts import PLACEHOLDER, dreambench_prompts, fill  # noqa: E402
@@ -229,12 +229,12 @@ def _carry_out(options: EvaluateOptions, plan: EvaluationPlan, display: Display)
     from pipelines.runtime.ray_session import check_reachable, ray_session
 
     gpus = options.gpus_per_worker if options.gpus_per_worker is not None else float(torch.cuda.is_available())
-    lane = WorkerGroup(options.workers or 1, options.cpus_per_worker, gpus, zero_stage=0, offload="none")
-    with ray_session(lane, options.verbose) as line:
+    resources = Resources(options.workers or 1, options.cpus_per_worker, gpus)
+    with ray_session(resources, options.verbose) as line:
         display.say(line)
         check_reachable(plan.store)
-        undrawn = draw_pictures(plan.store, plan.versions, lane, display, options.workers)
-        scored = score_versions(plan.store, plan.versions, plan.judging, lane, display, undrawn, options.workers)
+        undrawn = draw_pictures(plan.store, plan.versions, resources, display, options.workers)
+        scored = score_versions(plan.store, plan.versions, plan.judging, resources, display, undrawn, options.workers)
     return scored + [Scored(subject, "", {}, reason) for subject, reason in plan.failures.items()]
 
 

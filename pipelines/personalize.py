@@ -157,8 +157,7 @@ def _report(outcomes: Sequence[Outcome], store: SubjectStore, display: Display) 
         display.say(f"  contact sheet  {version.location / 'contact_sheet.png'}")
         # Serving works on latents for now; without keys, this machine alone is served.
         if version.manifest["backbone"]["family"] != "deepfloyd-if":
-            address = shlex.quote(f"store={store.root}")
-            display.say(f"  serve it       serve run serve.app:app without_keys=true {address}")
+            display.say(f"  serve it       dreambooth serve --without-keys --store {shlex.quote(str(store.root))}")
     failed = [outcome.subject for outcome in outcomes if outcome.version is None]
     display.say(f"{len(outcomes) - len(failed)} published, {len(failed)} failed" + "".join(f"  {n}" for n in failed))
     return 1 if failed else 0

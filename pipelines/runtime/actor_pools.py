@@ -9,24 +9,24 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dreambooth.runs import WorkerGroup
+from dreambooth.runs import Resources
 from pipelines.runtime.starts import Starts
 
 _DEATHS = 20
 """How often the actors of a pool may die, for each of them: what dies at every start must end the run."""
 
 
-def pool_size(lane: WorkerGroup, rows: int, wanted: int | None = None) -> int:
+def pool_size(resources: Resources, rows: int, wanted: int | None = None) -> int:
     """Actors at work, no more than a row each: those wanted, or all that the cluster has room for.
 
-    Without a wish they are no fewer than the lane has workers, for which more nodes may come.
+    Without a wish they are no fewer than `resources.workers`, for which more nodes may come.
     """
     if wanted is not None:
         return min(rows, wanted)
     have = ray.cluster_resources()
-    each = {"CPU": lane.cpus_per_worker, "GPU": lane.gpus_per_worker}
+    each = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     room = min(int(have.get(name, 0) / amount) for name, amount in each.items() if amount)
-    return min(rows, max(room, lane.workers))
+    return min(rows, max(room, resources.workers))
 
 
 def map_on_actors(
@@ -34,7 +34,7 @@ def map_on_actors(
     rows: Sequence[dict[str, Any]],
     actor: type,
     arguments: tuple[Any, ...],
-    lane: WorkerGroup,
+    resources: Resources,
     size: int,
     calls: int = 1,
 ) -> Iterator[dict[str, Any]]:
@@ -54,8 +54,8 @@ def map_on_actors(
             max_tasks_in_flight_per_actor=calls,
             enable_true_multi_threading=calls > 1,
         ),
-        num_cpus=lane.cpus_per_worker,
-        num_gpus=lane.gpus_per_worker or None,
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker or None,
     )
     dataset.set_name(name)
     yield from dataset.iter_rows()

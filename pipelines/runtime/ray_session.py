@@ -16,12 +16,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import dreambooth
 import pipelines
-from dreambooth.runs import WorkerGroup
+from dreambooth.runs import Resources
 from dreambooth.store import SubjectStore
 
 
 @contextmanager
-def ray_session(lane: WorkerGroup, verbose: bool) -> Iterator[str]:
+def ray_session(resources: Resources, verbose: bool) -> Iterator[str]:
     """Join the cluster of the job that this is, or the one that RAY_ADDRESS names, or start a local one.
 
     Yields a line that tells which, and where the logs are. Raises ValueError when a cluster of our own is too small.
@@ -37,7 +37,7 @@ def ray_session(lane: WorkerGroup, verbose: bool) -> Iterator[str]:
         )
         try:
             address, session = context.address_info["address"], context.address_info["session_dir"]
-            yield f"Ray cluster at {address}; logs in {session}/logs and {log}{_check_resources(lane)}"
+            yield f"Ray cluster at {address}; logs in {session}/logs and {log}{_check_resources(resources)}"
         finally:
             ray.shutdown()
 
@@ -84,15 +84,15 @@ def _code_to_ship() -> dict[str, Any] | None:
     return {"py_modules": [str(package) for package in packages]}
 
 
-def _check_resources(lane: WorkerGroup) -> str:
+def _check_resources(resources: Resources) -> str:
     """What a joined cluster still lacks, as an autoscaler may bring it; on this machine alone it is an error."""
     have = ray.cluster_resources()
     waits = ""
-    for name, each in (("CPU", lane.cpus_per_worker), ("GPU", lane.gpus_per_worker)):
-        wanted = each * lane.workers
+    for name, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
+        wanted = each * resources.workers
         if wanted <= have.get(name, 0):
             continue
-        lack = f"--workers {lane.workers} needs {wanted:g} {name}s, and there are {have.get(name, 0):g}"
+        lack = f"--workers {resources.workers} needs {wanted:g} {name}s, and there are {have.get(name, 0):g}"
         if not _joins_a_cluster():
             raise ValueError(f"{lack}: lower --workers or --{name.lower()}s-per-worker")
         waits += f"; waiting for more nodes: {lack}"

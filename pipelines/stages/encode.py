@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dreambooth.backbones import Backbone
-from dreambooth.runs import PlannedSubject, RunSpec, WorkerGroup
+from dreambooth.runs import PlannedSubject, Resources, RunSpec
 from dreambooth.sampling.prior_set import latent
 from dreambooth.sampling.sampler import to_pixels
 from dreambooth.store import SubjectStore
@@ -26,7 +26,7 @@ from pipelines.training.training_set import location_of
 
 
 def encode_training_sets(
-    store: SubjectStore, planned: Sequence[PlannedSubject], lane: WorkerGroup, display: Display
+    store: SubjectStore, planned: Sequence[PlannedSubject], resources: Resources, display: Display
 ) -> None:
     """Make the training sets that are not in the store yet, one row of a Dataset a subject."""
     missing = [one for one in planned if not location_of(store, one.run).exists()]
@@ -34,8 +34,8 @@ def encode_training_sets(
         if not missing:
             return
         rows = [{"planned": pickle.dumps(one)} for one in missing]
-        size = min(lane.workers, len(missing))
-        for row in map_on_actors("encode", rows, TrainingSetEncoder, (store.root.uri,), lane, size):
+        size = min(resources.workers, len(missing))
+        for row in map_on_actors("encode", rows, TrainingSetEncoder, (store.root.uri,), resources, size):
             line.advance(note=row["subject"])
 
 

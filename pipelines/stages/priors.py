@@ -17,7 +17,7 @@ import torch
 
 from dreambooth.backbones import Backbone
 from dreambooth.common.location import Location
-from dreambooth.runs import WorkerGroup
+from dreambooth.runs import Resources
 from dreambooth.sampling.prior_set import PriorSet
 from dreambooth.sampling.sampler import load_pipeline, sample, to_pixels
 from dreambooth.store import SubjectStore
@@ -31,7 +31,7 @@ Shard = tuple[str, int]
 def generate_priors(
     store: SubjectStore,
     wanted: Sequence[tuple[PriorSet, int]],
-    lane: WorkerGroup,
+    resources: Resources,
     display: Display,
     samplers: int | None = None,
 ) -> dict[str, str]:
@@ -43,9 +43,10 @@ def generate_priors(
     Args:
         store: where the sets are, and the backbones that they name.
         wanted: sets and how many images of each; of a set that is wanted several times, the largest count is made.
-        lane: the resources of one sampler.
+        resources: the resources of one sampler.
         display: where progress is shown.
-        samplers: actors to ask for. By default as many as the cluster has room for, and no fewer than `lane.workers`.
+        samplers: actors to ask for. By default as many as the cluster has room for, and no fewer than
+            `resources.workers`.
 
     Returns:
         The sets that could not be finished: their keys, each with the reason. Empty when all is well.
@@ -60,7 +61,7 @@ def generate_priors(
 
         def make(shards: Sequence[Shard]) -> dict[Shard, str]:
             failures: dict[Shard, str] = {}
-            for key, shard, failure in _draw(store, sets, shards, lane, samplers):
+            for key, shard, failure in _draw(store, sets, shards, resources, samplers):
                 if failure:
                     failures[key, shard] = failure
                     continue
@@ -114,17 +115,21 @@ def _name(prior: PriorSet, shard: int) -> str:
 
 
 def _draw(
-    store: SubjectStore, sets: Mapping[str, PriorSet], shards: Sequence[Shard], lane: WorkerGroup, samplers: int | None
+    store: SubjectStore,
+    sets: Mapping[str, PriorSet],
+    shards: Sequence[Shard],
+    resources: Resources,
+    samplers: int | None,
 ) -> Iterator[tuple[str, int, str]]:
     """Make the shards on a pool of fresh actors; yields set, shard and failure ("" when it is made) as they come."""
     if not shards:
         return
     rows = [{"set": key, "shard": shard} for key, shard in shards]
     arguments = (store.root.uri, {key: sets[key] for key, _ in shards})
-    size = pool_size(lane, len(shards), samplers)
+    size = pool_size(resources, len(shards), samplers)
     # One call draws while the other encodes and writes, or waits its turn: the device has no pause between shards, and
     # at the tail no sampler keeps more than one shard from those that are out of work.
-    for row in map_on_actors("class_priors", rows, ClassPriorSampler, arguments, lane, size, calls=2):
+    for row in map_on_actors("class_priors", rows, ClassPriorSampler, arguments, resources, size, calls=2):
         yield row["set"], int(row["shard"]), row["failure"]
 
 

@@ -15,7 +15,7 @@ from dreambooth.common.keys import key_form
 from dreambooth.common.location import Location, digest
 from dreambooth.metrics.evaluation_set import EvaluationSet
 from dreambooth.metrics.scores import Judges, Judging
-from dreambooth.runs import WorkerGroup
+from dreambooth.runs import Resources
 from dreambooth.store import SubjectStore, Version
 from dreambooth.subjects.manifest import SubjectSpec
 from dreambooth.subjects.photos import Subject, load_subject
@@ -58,7 +58,7 @@ class Scored:
 def draw_pictures(
     store: SubjectStore,
     planned: Sequence[PlannedEvaluation],
-    lane: WorkerGroup,
+    resources: Resources,
     display: Display,
     workers: int | None = None,
 ) -> dict[str, str]:
@@ -78,9 +78,9 @@ def draw_pictures(
         # Out of memory, numbers that are not finite, a store that is away: each row has a second try, by a new worker.
         for _ in range(2):
             failures, failed = {}, []
-            size = pool_size(lane, len(rows), workers)
+            size = pool_size(resources, len(rows), workers)
             for row in (
-                map_on_actors("pictures", rows, ImageSampler, (store.root.uri, sets), lane, size) if rows else ()
+                map_on_actors("pictures", rows, ImageSampler, (store.root.uri, sets), resources, size) if rows else ()
             ):
                 one = sets[row["set"]]
                 if row["failure"]:
@@ -133,7 +133,7 @@ def score_versions(
     store: SubjectStore,
     planned: Sequence[PlannedEvaluation],
     judging: Judging,
-    lane: WorkerGroup,
+    resources: Resources,
     display: Display,
     failures: Mapping[str, str],
     workers: int | None = None,
@@ -156,7 +156,7 @@ def score_versions(
                     line.advance()
                 else:
                     waiting[key] = (one, photos, place)
-            for key, failure in _judge(store, waiting, judging, lane, workers):
+            for key, failure in _judge(store, waiting, judging, resources, workers):
                 one, _, place = waiting[key]
                 record = {} if failure else place.read_json()
                 found[key] = Scored(one.version.subject, one.version.id, record, failure)
@@ -175,15 +175,15 @@ _Waiting = Mapping[str, tuple[PlannedEvaluation, Subject, Location]]
 
 
 def _judge(
-    store: SubjectStore, waiting: _Waiting, judging: Judging, lane: WorkerGroup, workers: int | None
+    store: SubjectStore, waiting: _Waiting, judging: Judging, resources: Resources, workers: int | None
 ) -> Iterator[tuple[str, str]]:
     """Score versions; yields the key of each set with what went wrong, or ""."""
     if not waiting:
         return
     rows = [{"set": key, "photos": [image.data for image in photos.images]} for key, (_, photos, _) in waiting.items()]
     plans = {key: (one, photos_record(one, photos), place) for key, (one, photos, place) in waiting.items()}
-    size = pool_size(lane, len(rows), workers)
-    for row in map_on_actors("scores", rows, Scorer, (store.root.uri, plans, judging), lane, size):
+    size = pool_size(resources, len(rows), workers)
+    for row in map_on_actors("scores", rows, Scorer, (store.root.uri, plans, judging), resources, size):
         yield row["set"], row["failure"]
 
 

@@ -87,7 +87,7 @@ def test_a_stable_diffusion_folder_becomes_a_version_that_plain_diffusers_loads(
 ) -> None:
     store, said = undisturbed_run.store, undisturbed_run.output
     assert "1 published, 0 failed" in said
-    assert f"serve run serve.app:app without_keys=true store={store}" in said
+    assert f"dreambooth serve --without-keys --store {store}" in said
     [version] = SubjectStore(store).versions("mug")
     assert version.components == ["unet"]
     assert all(changed(small_stable_diffusion, version, "unet"))

@@ -31,7 +31,7 @@ print("pipelines is in", pipelines.__path__[0])
 
 WORKERS = """
 import ray
-from dreambooth.runs import WorkerGroup
+from dreambooth.runs import Resources
 from pipelines.runtime.ray_session import ray_session
 
 def look():
@@ -40,7 +40,7 @@ def look():
     bare = [name for name in ("planning", "engine", "evaluate") if importlib.util.find_spec(name) is not None]
     return sys.path, bare, pipelines.__path__[0]
 
-with ray_session(WorkerGroup(1, 1, 0.0, zero_stage=0, offload="none"), verbose=False):
+with ray_session(Resources(1, 1, 0.0), verbose=False):
     path, bare, found = ray.get(ray.remote(look).remote())
 assert folder not in path, path
 assert bare == [], bare
