@@ -74,7 +74,7 @@ def _starts_processes(function: Any, seen: set[Any]) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out: what starts Ray or other processes, and what runs networks for long."""
+    """Mark what `make test-fast` leaves out: what starts processes, itself or by a fixture, and what runs networks."""
     for item in items:
         assert isinstance(item, pytest.Function)
         if str(item.path.relative_to(ROOT / "tests")).startswith(_RUNS_NETWORKS):
