@@ -18,7 +18,7 @@ _HEIC_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevx", b"mif1", b
 
 
 def read_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image file wholly, to RGB as a viewer shows it.
+    """Decode a whole image file to RGB, as a viewer shows it.
 
     EXIF orientation is applied, transparency lies on white, embedded colour profiles are converted to sRGB, 16-bit grey
     is scaled to 8 bits, and a file of several frames gives its first.

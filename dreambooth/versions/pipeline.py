@@ -36,8 +36,8 @@ class PipelineStage:
         self, prompts: Sequence[str], seeds: Sequence[int], small: Sequence[Image.Image] = ()
     ) -> list[Image.Image]:
         """One RGB image a prompt; a stage that enlarges takes the images `small` of the stage before."""
-        heard = [prompt.replace(*self.unknown) for prompt in prompts] if self.unknown else prompts
-        return sample(self.pipeline, heard, seeds, self.settings, small, **self.options)
+        known = [prompt.replace(*self.unknown) for prompt in prompts] if self.unknown else prompts
+        return sample(self.pipeline, known, seeds, self.settings, small, **self.options)
 
 
 class VersionPipeline:

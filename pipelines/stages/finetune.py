@@ -51,7 +51,7 @@ def finetune(
         checkpoint_every: steps between checkpoints.
         display: where progress is shown.
         lanes: how many groups of workers; by default as many as the cluster has room for.
-        min_workers: go on with so few workers when others are lost; by default none may be missing.
+        min_workers: continue with so few workers when others are lost; by default none may be missing.
         nvme_path: a folder on every node's own disk, for what is offloaded to one.
         previews: let an actor of its own draw samples of each checkpoint, if the cluster has room for it.
 

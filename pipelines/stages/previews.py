@@ -1,4 +1,4 @@
-"""Samples of checkpoints while training goes on, by an actor of its own: training never waits for them."""
+"""Samples of checkpoints during training, by an actor of its own: training never waits for them."""
 
 from __future__ import annotations
 

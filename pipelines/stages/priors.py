@@ -1,7 +1,7 @@
 """Class-prior images with Ray Data: any number of sets in one Dataset, each shard made once and written atomically.
 
 A row is a shard: one batch of one set, which is drawn, retried and written alone. What is missing is read from the
-store, so a run that was killed goes on with what no one has made yet.
+store, so a run that was killed continues with what no one has made yet.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _draw_and_publish(
             except RayActorError as error:
                 if error.actor_init_failed or tries == TRIES:
                     raise
-                display.say(f"{run.subject}: what drew its samples died, and is begun again: {error}")
+                display.say(f"{run.subject}: the process that drew its samples died, and is started again: {error}")
             finally:
                 ray.kill(publisher)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter, deque
 
 TRIES = 3
-"""How often a run is tried: one whose workers fail each time is given up, and its lane goes on."""
+"""How often a run is tried: one whose workers fail each time has failed, and its lane continues with the next."""
 
 
 class LaneQueue:
     """An actor that hands out runs, by number, to lanes.
 
-    Workers that are begun anew in another number, because nodes have come, take up the lane's run without a failure.
+    Workers that are started again in another number, because nodes have come, continue the lane's run without a failure.
     """
 
     def __init__(self, count: int) -> None:

@@ -72,7 +72,7 @@ def train_lane(config: dict[str, Any]) -> None:
         failure = None
         try:
             worker.train(number, runs[number])
-        except ArithmeticError as error:  # of the run alone, and seen by all ranks alike: the lane goes on
+        except ArithmeticError as error:  # of the run alone, and seen by all ranks alike: the lane continues
             failure = str(error)
         except Preempted:
             raise
@@ -197,7 +197,7 @@ class Worker:
         self._watcher.barrier()
         self._mark_preempted()
         if signal is PreemptionSignal.TERMINATED:
-            raise Preempted("a worker was sent SIGTERM; the state is safe, and training goes on from it")
+            raise Preempted("a worker was sent SIGTERM; the state is safe, and training continues from it")
 
 
 def _state(engine: Any, average: EMA | None, final: bool) -> Iterator[tuple[str, Tensor]]:
