@@ -1,7 +1,7 @@
 """Preemption: word that workers are about to be taken away, agreed on by all ranks without holding up a device.
 
-It comes in two forms. Ray drains a node: the group may work until the node is gone, and Ray Train then starts it again on
-others. Or a worker is sent SIGTERM: the whole group ends as soon as its state is safe, and is started again.
+It comes in two forms. Ray drains a node: the group may work until the node is gone, and Ray Train then starts it
+again on others. Or a worker is sent SIGTERM: the whole group ends as soon as its state is safe, and is started again.
 """
 
 from __future__ import annotations

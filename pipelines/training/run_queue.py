@@ -11,7 +11,7 @@ TRIES = 3
 class LaneQueue:
     """An actor that hands out runs, by number, to lanes.
 
-    Workers that are started again in another number, because nodes have come, continue the lane's run without a failure.
+    Workers that are started again in another number, because nodes have come, continue the lane's run: no failure.
     """
 
     def __init__(self, count: int) -> None:
