@@ -17,8 +17,8 @@ demo: $(INSTALLED)  ## personalize the sample subject on the embedded backbone, 
 test: $(INSTALLED)  ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not slow"
 
-test-fast: $(INSTALLED)  ## those of them that start no processes and run no networks for long: about a minute
-	$(BIN)/python -m pytest -m "not slow and not processes and not networks"
+test-fast: $(INSTALLED)  ## those of them that take no time: the loop while you work
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 test-slow: $(INSTALLED)  ## the rest of the tests: minutes each
 	$(BIN)/python -m pytest -m slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import socket
@@ -17,8 +16,6 @@ quiet_libraries()
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
-from types import CodeType  # noqa: E402
-from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -38,51 +35,39 @@ from tests.small_models import (  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
-_STARTS_PROCESSES = {"local_ray", "no_ray", "subprocess", "Popen", "run_ranks", "fork_server"}
-_RUNS_NETWORKS = (
+_LONG = (
+    "distributed/",
+    "docs/test_blocks.py",
+    "docs/test_commands.py",
+    "docs/test_tutorial.py",
     "dreambooth/embedded/",
     "dreambooth/sampling/test_sampler.py",
     "dreambooth/subjects/test_identifier.py",
+    "dreambooth/test_command.py",
     "dreambooth/test_memory.py",
     "pipelines/engine/",
     "pipelines/planning/test_preflight.py",
-    "pipelines/test_matrix.py",
-    "pipelines/training/test_training_set.py",
+    "pipelines/runtime/test_actor_pools.py",
+    "pipelines/stages/test_finetune.py",
+    "pipelines/stages/test_priors.py",
+    "pipelines/stages/test_unmade_priors.py",
+    "pipelines/test_",
+    "pipelines/training/test_preemption.py",
+    "pipelines/training/test_setup.py",
+    "pipelines/training/test_train",
+    "serve/api/test_openapi.py",
+    "serve/test_app.py",
+    "test_deprecations.py",
+    "test_extensions.py",
 )
-"""Tests that train, sample or measure networks, or build tokenizers, for seconds each."""
-
-
-def _names(code: CodeType) -> set[str]:
-    """The names that a function's code speaks of, in the functions within it too."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names}.union(*map(_names, inner))
-
-
-def _starts_processes(function: Any, seen: set[Any]) -> bool:
-    """Whether a function of the tests, or one of them that it calls, speaks of what starts processes."""
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    if function in seen or not getattr(function, "__module__", "").startswith("tests."):
-        return False
-    seen.add(function)
-    if inspect.isclass(function):
-        return any(_starts_processes(member, seen) for member in vars(function).values() if callable(member))
-    if not inspect.isfunction(function):
-        return False
-    names = _names(function.__code__)
-    called = [function.__globals__[name] for name in names if name in function.__globals__]
-    return bool(names & _STARTS_PROCESSES) or any(_starts_processes(one, seen) for one in called if callable(one))
+"""Files and folders of tests that start processes, or train, sample and measure networks, for seconds each."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out: what starts processes, itself or by a fixture, and what runs networks."""
+    """Mark the tests of `_LONG`: `make test-fast` leaves them out, as those that bear the mark themselves."""
     for item in items:
-        assert isinstance(item, pytest.Function)
-        if str(item.path.relative_to(ROOT / "tests")).startswith(_RUNS_NETWORKS):
-            item.add_marker(pytest.mark.networks)
-        fixtures = [one.func for found in item._fixtureinfo.name2fixturedefs.values() for one in found]
-        named = _STARTS_PROCESSES & {*item.fixturenames}
-        if named or any(_starts_processes(function, set()) for function in (item.function, *fixtures)):
-            item.add_marker(pytest.mark.processes)
+        if item.path.relative_to(ROOT / "tests").as_posix().startswith(_LONG):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

@@ -249,6 +249,7 @@ def test_every_module_has_a_test_file_of_its_name_or_is_listed_with_the_one_that
     assert [file for file in TESTED_IN.values() if not (ROOT / "tests" / file).exists()] == []
 
 
+@pytest.mark.long
 def test_the_whole_method_can_be_imported_without_ray() -> None:
     names = [name for name in modules("dreambooth") if not name.endswith("__main__")]
     assert "dreambooth.store" in names

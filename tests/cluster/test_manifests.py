@@ -244,6 +244,7 @@ def test_readme_shows_the_job_for_each_way():
     assert len(commands()) >= 3
 
 
+@pytest.mark.long
 def test_options_exist():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     shown = subprocess.run(

@@ -42,11 +42,6 @@ QUICK = {  # each value of each dimension beside each of every other, as nearly 
 }
 
 
-def marks_of(case: Case) -> list[pytest.MarkDecorator]:
-    slow = [] if case in QUICK else [pytest.mark.slow]
-    return slow if case.batch == 1 else [*slow, pytest.mark.processes]
-
-
 @pytest.fixture(scope="module")
 def backbones(
     small_stable_diffusion: Path, small_sdxl: Path, small_if: Path, tmp_path_factory: pytest.TempPathFactory
@@ -118,7 +113,9 @@ def draw_with_diffusers(folder: Path, published: Path, run: RunSpec, prompt: str
     return np.asarray(image)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=str(case), marks=marks_of(case)) for case in MATRIX])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=[] if case in QUICK else [pytest.mark.slow]) for case in MATRIX]
+)
 def test_training_is_eq_2_and_what_it_publishes_is_what_diffusers_draws_with(
     case: Case, backbones: dict[str, Path], photos: Path, store: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -84,6 +84,7 @@ def test_help_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert "None" not in text
 
 
+@pytest.mark.long
 def test_it_serves_until_it_is_told_to_stop(store: SubjectStore, versions: list[Version]) -> None:
     secret, _ = KeyFolder(store.root / "keys").make("us", (), admin=True)
     port = free_port()

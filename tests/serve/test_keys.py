@@ -62,6 +62,7 @@ def test_a_mistake_is_told_in_one_line(
     assert line in error
 
 
+@pytest.mark.long
 def test_the_module_runs_without_loading_torch_or_ray() -> None:
     program = "import sys, serve.keys; print(*{'torch', 'ray'} & set(sys.modules)); serve.keys.main(['--help'])"
     output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -106,6 +106,7 @@ while (text := place.read_bytes()) != b"end":
 """
 
 
+@pytest.mark.long
 def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
     file = Location.of(tmp_path / "f")
     file.write_bytes(b"0" * 300_000)
@@ -145,6 +146,7 @@ def test_names_with_spaces_and_signs_are_names(place: Location) -> None:
         assert (place / name).parent.exists()
 
 
+@pytest.mark.long
 def test_locations_pickle_after_use_and_open_their_own_connection(place: Location) -> None:
     file = place / "f"
     file.write_bytes(b"here")

@@ -33,6 +33,7 @@ GOLDEN = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_draws_are_the_same_in_every_process(hash_seed: str) -> None:
     environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}

@@ -123,6 +123,7 @@ for trial in range(trials):
 """
 
 
+@pytest.mark.long
 def test_publishing_killed_at_any_moment_leaves_a_whole_version_or_none(store: SubjectStore, tmp_path: Path) -> None:
     folder = tmp_path / "large"
     trials, files = (20, 30) if store.root.local else (8, 10)  # every request to the S3 server takes its time
