@@ -41,7 +41,7 @@ from pipelines.runtime.console import Display  # noqa: E402
 from pipelines.stages.encode import TrainingSetEncoder  # noqa: E402
 from pipelines.stages.finetune import finetune  # noqa: E402
 from pipelines.training.batches import Batches  # noqa: E402
-from pipelines.training.setup import read_base, start  # noqa: E402
+from pipelines.training.setup import build_engine, read_base  # noqa: E402
 from pipelines.training.train_step import train_step  # noqa: E402
 from pipelines.training.training_set import location_of  # noqa: E402
 from tests.pipelines.engines import process_group  # noqa: E402
@@ -130,7 +130,7 @@ def steps(rounds: int, count: int, *options: str) -> None:
         path = location_of(plan.store, run).local
         assert path is not None
         batches = Batches(run, backbone, path)
-        engine, _, _ = start(run, backbone, read_base(run, backbone), {}, 0, "")
+        engine, _, _ = build_engine(run, backbone, read_base(run, backbone), {}, 0, "")
         kinds: dict[str, Callable[[int], Any]] = {
             "ours": lambda step: train_step(engine, run, backbone, batches, step),
             "plain, cached": cached_step(backbone, planned, batches),

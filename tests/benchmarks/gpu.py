@@ -38,7 +38,7 @@ from dreambooth.sampling.sampler import SamplerSettings  # noqa: E402
 from pipelines.planning.preflight import Preflight  # noqa: E402
 from pipelines.training.batches import Minibatch  # noqa: E402
 from pipelines.training.prefetch import Prefetch  # noqa: E402
-from pipelines.training.setup import start  # noqa: E402
+from pipelines.training.setup import build_engine  # noqa: E402
 from pipelines.training.train_step import passes_of, train_step  # noqa: E402
 from tests.full_size import write_full_size  # noqa: E402
 from tests.pipelines.engines import lane, process_group, training  # noqa: E402
@@ -169,7 +169,7 @@ def measure(row: Row, small: bool) -> dict[str, Any]:
 
 def _train(run: RunSpec, backbone: Backbone, device: torch.device, made_up: MadeUp) -> tuple[float, int | None]:
     """Seconds of a step, and on a GPU the peak of its memory in bytes."""
-    engine, _, _ = start(run, backbone, random_base(backbone, device), {}, 0, "")
+    engine, _, _ = build_engine(run, backbone, random_base(backbone, device), {}, 0, "")
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
