@@ -13,8 +13,6 @@ from pipelines.planning.options import parse
 from tests.docs.conftest import Reader
 from tests.docs.pages import Block, blocks, page
 
-pytestmark = pytest.mark.networks
-
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_yaml_is_what_the_project_reads(block: Block, at_work: Reader) -> None:

@@ -34,8 +34,6 @@ from tests.docs.conftest import Reader, expanded
 from tests.docs.pages import Block, page
 from tests.docs.shell import COMMANDS, Command, commands_of, inner
 
-pytestmark = pytest.mark.networks
-
 NOT_TRIED = {
     "kubectl": "needs a Kubernetes cluster",
     "podman": "builds and pushes an image of many GB",
