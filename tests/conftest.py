@@ -136,8 +136,11 @@ def free_port() -> int:
 def local_ray() -> None:
     """The Ray that test modules share; with its dashboard, which Ray Train asks for what runs when it ends."""
     if not ray.is_initialized():
-        hook = {"worker_process_setup_hook": "tests.deprecations.raise_at_our_calls"}
-        ray.init(num_cpus=3, log_to_driver=False, logging_level="ERROR", runtime_env=hook)
+        workers = {
+            "worker_process_setup_hook": "tests.deprecations.raise_at_our_calls",
+            "env_vars": {"PYTHONPATH": str(ROOT)},
+        }
+        ray.init(num_cpus=3, log_to_driver=False, logging_level="ERROR", runtime_env=workers)
 
 
 @pytest.fixture(scope="module")

@@ -38,5 +38,5 @@ def test_the_paper_s_rule_finds_an_identifier_for_each_of_many_subjects(tokenize
 
 def test_caption_words_are_single_tokens(tokenizer):
     words = [word for noun in NOUNS for word in noun.split()] + list(COLOURS)
-    whole = [word for word in words if len(tokenizer.text.tokenize(word)) == 1]
+    whole = [word for word in words if len(tokenizer.tokenize(word)) == 1]
     assert len(whole) > 0.95 * len(words)
