@@ -61,9 +61,11 @@ def test_both_stages_are_planned(
     assert other.subjects[0].run.cascade[1].training.low_resolution == LowResolution(32, 0)
     assert other.subjects[0].run.version != first.version
     assert main([*arguments, "--dry-run"]) == 0
-    text = capsys.readouterr().out
-    assert text.count("Memory per device") == 2
-    assert "Training of super-resolution" in text
+    lines = capsys.readouterr().out.splitlines()
+    [memory] = [line for line in lines if line.startswith("Memory per device")]
+    assert memory.split()[-4:] == ["stage", "I", "stage", "II"]
+    [resolution] = [line for line in lines if line.startswith("resolution ")]
+    assert resolution.split()[1:4] == ["32", "/", "64"]
 
 
 MISTAKES = {
