@@ -15,10 +15,11 @@ demo: $(INSTALLED)  ## personalize the sample subject on the embedded backbone, 
 	$(BIN)/python pipelines/personalize.py --store $(STORE)
 
 test: $(INSTALLED)  ## the tests that every change must pass
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and alone"
 
 test-fast: $(INSTALLED)  ## those of them that take no time: the loop while you work
-	$(BIN)/python -m pytest -m "not slow and not long"
+	$(BIN)/python -m pytest -m "not slow and not alone and not long" --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## the rest of the tests: minutes each
 	$(BIN)/python -m pytest -m slow

@@ -35,11 +35,26 @@ from tests.small_models import (  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
-_LONG = (
+_ALONE = (
     "distributed/",
+    "docs/test_tutorial.py",
+    "pipelines/engine/test_world_size.py",
+    "pipelines/runtime/test_actor_pools.py",
+    "pipelines/stages/",
+    "pipelines/test_",
+    "pipelines/training/test_preemption.py",
+    "pipelines/training/test_setup.py",
+    "pipelines/training/test_train_step.py",
+    "serve/test_app.py",
+    "serve/test_command.py",
+    "test_deprecations.py",
+    "test_extensions.py",
+)
+"""Files and folders of tests that start Ray or several ranks, which keep both cores at work."""
+
+_LONG = (
     "docs/test_blocks.py",
     "docs/test_commands.py",
-    "docs/test_tutorial.py",
     "dreambooth/embedded/",
     "dreambooth/sampling/test_sampler.py",
     "dreambooth/subjects/test_identifier.py",
@@ -47,26 +62,19 @@ _LONG = (
     "dreambooth/test_memory.py",
     "pipelines/engine/",
     "pipelines/planning/test_preflight.py",
-    "pipelines/runtime/test_actor_pools.py",
-    "pipelines/stages/test_finetune.py",
-    "pipelines/stages/test_priors.py",
-    "pipelines/stages/test_unmade_priors.py",
-    "pipelines/test_",
-    "pipelines/training/test_preemption.py",
-    "pipelines/training/test_setup.py",
     "pipelines/training/test_train",
     "serve/api/test_openapi.py",
-    "serve/test_app.py",
-    "test_deprecations.py",
-    "test_extensions.py",
 )
-"""Files and folders of tests that start processes, or train, sample and measure networks, for seconds each."""
+"""Files and folders of tests that start other processes, or train, sample and measure networks, for seconds each."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `_LONG`: `make test-fast` leaves them out, as those that bear the mark themselves."""
+    """Mark the tests of these folders: `make test` runs those of `_ALONE` one by one, `make test-fast` none of them."""
     for item in items:
-        if item.path.relative_to(ROOT / "tests").as_posix().startswith(_LONG):
+        place = item.path.relative_to(ROOT / "tests").as_posix()
+        if place.startswith(_ALONE):
+            item.add_marker(pytest.mark.alone)
+        elif place.startswith(_LONG):
             item.add_marker(pytest.mark.long)
 
 

@@ -20,6 +20,8 @@ from serve.command import main
 from serve.config import ServeConfig
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line of a command that exits with 2, without Ray."""
