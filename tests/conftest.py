@@ -55,15 +55,19 @@ _ALONE = (
 _LONG = (
     "docs/test_blocks.py",
     "docs/test_commands.py",
+    "dreambooth/backbones/test_deepfloyd_if.py",
     "dreambooth/embedded/",
+    "dreambooth/methods/test_textual_inversion.py",
     "dreambooth/sampling/test_sampler.py",
     "dreambooth/subjects/test_identifier.py",
     "dreambooth/test_command.py",
     "dreambooth/test_memory.py",
     "pipelines/engine/",
+    "pipelines/planning/test_plan.py",
     "pipelines/planning/test_preflight.py",
     "pipelines/training/test_train",
     "serve/api/test_openapi.py",
+    "serve/engine/test_replica.py",
 )
 """Files and folders of tests that start other processes, or train, sample and measure networks, for seconds each."""
 
