@@ -7,7 +7,7 @@
     STORE/subjects/NAME/scores/ID/KEY.json       what judges say of a version
     STORE/evaluations/KEY/NNNNNN.parquet         the pictures that they saw, and a contact_sheet.png
     STORE/runs/KEY/...                           work in progress: checkpoints, TensorBoard events
-    STORE/keys/HASH.json                         what a key of the server may do (serve/keys.py)
+    STORE/keys/HASH.json                         what a key of the server may do (serve/api/auth.py)
 
 A version or backbone exists exactly when its JSON file does. That file is written last and atomically, and lists every
 other file with its size and SHA-256, so whatever is killed when, a reader sees all of it or none. This needs no rename
