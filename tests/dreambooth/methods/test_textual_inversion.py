@@ -121,7 +121,7 @@ def test_what_is_saved_is_small_and_names_its_tokens(backbone: Backbone, tmp_pat
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 4096
 
 
-def test_the_same_embeddings_make_the_same_bytes_in_any_process(backbone: Backbone, tmp_path: Path) -> None:
+def test_files_have_one_entry_of_metadata_whose_order_cannot_vary(backbone: Backbone, tmp_path: Path) -> None:
     embeds = random_embeds(backbone, load_encoders(backbone))
     embeds.save_pretrained(tmp_path)
     for path in tmp_path.iterdir():
